@@ -1,0 +1,66 @@
+# `make demo` and `make test` install what they need into .venv first; PYTHON chooses the interpreter for it.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+WORKERS ?= 2
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+# Two test workers of one thread each beat one of two, and results do not depend on the machine's cores.
+TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+
+.PHONY: help demo test lint types slow report clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make demo    evaluate the shipped RT-ER model with AutoAttack and render its report (folder demo/)"
+	@echo "make test    lint, types and all tests but the slow ones"
+	@echo "make lint    ruff and mypy            make types   mypy alone"
+	@echo "make slow    the slow tests           make report  render reports/ from results.db"
+	@echo "make clean   delete what the other targets made, .venv excepted"
+
+$(BIN)/pip:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "moebench needs Python 3.11 or newer; try: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null \
+		|| { echo "$(PYTHON) cannot make virtual environments; try: apt-get install python3-venv" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# The stamps stand for a finished installation: an interrupted one is done again.
+$(VENV)/.runtime: pyproject.toml constraints.txt | $(BIN)/pip
+	$(BIN)/python -m pip install --quiet -e . -c constraints.txt
+	@touch $@
+
+$(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/pip
+	$(BIN)/python -m pip install --quiet -e ".[test]" -c constraints.txt
+	@touch $@ $(VENV)/.runtime
+
+demo: $(VENV)/.runtime
+	@mkdir -p demo
+	$(BIN)/moebench evaluate --model rt-er --attack autoattack --db demo/results.db --fresh
+	$(BIN)/moebench report --db demo/results.db --out demo/reports
+	@echo
+	@echo "Report:  demo/reports/index.html (open it in a browser)"
+	@echo "Tables:  $$(find demo/reports -name '*.tex' -o -name '*.csv' | sort | tr '\n' ' ')"
+	@echo "Numbers: demo/results.db (moebench show RUN --db demo/results.db)"
+
+test: lint
+	$(TEST_ENV) $(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --dist loadfile
+
+slow: $(VENV)/.installed
+	$(TEST_ENV) $(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/.installed types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# mypy does not follow an editable install whose folders have other names than its packages.
+types: $(VENV)/.installed
+	@rm -rf $(VENV)/types && mkdir -p $(VENV)/types/moebench
+	@ln -s "$(CURDIR)"/benchmark/* "$(CURDIR)/models" "$(CURDIR)/attacks" $(VENV)/types/moebench/
+	MYPYPATH=$(VENV)/types $(BIN)/mypy --strict -p moebench
+
+report: $(VENV)/.runtime
+	$(BIN)/moebench report --out reports
+
+clean:
+	rm -rf build dist demo *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis $(VENV)/types
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

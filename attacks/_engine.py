@@ -1,0 +1,280 @@
+"""The engine: runs an attack's rows to their end with full batches, and judges every image that the attack looks at.
+
+One engine for all attacks and all views. A sample leaves the moment it is broken; the places of rows that are broken or at
+their end are taken by rows that wait, and what is left to try on a broken sample is not tried. Neither changes a verdict:
+rows do not depend on each other, and nothing that comes after success could undo it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from moebench.attacks._base import Attack, Loss, Oracle, Rows, State
+from moebench.attacks._random import sample_keys
+from moebench.attacks._views import View
+from moebench.schema import ThreatModel
+from moebench.threat import within
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The samples of an evaluation on the device: images (N, C, H, W) float32 in [0, 1], labels (N,), names (N,).
+
+    `ids` are the stable numbers of the samples in their data set; random streams hang on them.
+    """
+
+    x: Tensor
+    y: Tensor
+    ids: Tensor
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+
+@dataclass(frozen=True)
+class Finished:
+    """Samples whose stage is over; all tensors are (m, …). `adv_pred` of a standing sample is its label; `x_adv` is the adversarial image or the last one tried."""
+
+    index: Tensor
+    broken: Tensor
+    adv_pred: Tensor
+    x_adv: Tensor
+    forwards: Tensor
+    backwards: Tensor
+    seconds: float
+
+
+Sink = Callable[[Finished], None]
+
+
+class Judge:
+    """Decides success: inside the threat model, and wrong on the whole model in float32, in a forward pass of its own."""
+
+    def __init__(self, model: nn.Module, samples: Samples, threat: ThreatModel) -> None:
+        self.model = model
+        self.samples = samples
+        self.threat = threat
+
+    @torch.no_grad()
+    def __call__(self, x_adv: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Which images are adversarial, (m,) bool, and the predictions on them, (m,)."""
+        valid = within(x_adv, self.samples.x[index], self.threat)
+        prediction = self.model(x_adv).argmax(dim=1)
+        return valid & (prediction != self.samples.y[index]), prediction
+
+
+class Engine(Oracle):
+    """Runs the stages of an attack on one view of a model.
+
+    Args:
+        model: the whole model, in eval mode, parameters frozen.
+        view: what the attack sees; `view.prepare` has been called with the samples.
+        samples: what is attacked.
+        threat: norm, radius and box.
+        batch_size: rows that run together.
+        seed: of the random starts and proposals.
+        flush_seconds: how often finished samples are handed over while a stage runs.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        view: View,
+        samples: Samples,
+        threat: ThreatModel,
+        *,
+        batch_size: int = 256,
+        seed: int = 0,
+        flush_seconds: float = 5.0,
+    ) -> None:
+        self.threat = threat
+        self.view = view
+        self.samples = samples
+        self.judge = Judge(model, samples, threat)
+        self.batch_size = batch_size
+        self.seed = seed
+        self.flush_seconds = flush_seconds
+        self.model_seconds = 0.0
+        count, device = len(samples), samples.x.device
+        self.forwards = torch.zeros(count, dtype=torch.int64, device=device)
+        self.backwards = torch.zeros(count, dtype=torch.int64, device=device)
+        self.broken = torch.zeros(count, dtype=torch.bool, device=device)
+        self.adv_pred = samples.y.clone()
+        self.x_adv = samples.x.clone()
+
+    # What an attack asks for.
+
+    def logits(self, x: Tensor, rows: Rows) -> Tensor:
+        with torch.no_grad():
+            out = self._timed(lambda: self.view.logits(x, rows.index))
+        self._count(self.forwards, rows.index)
+        self._look(x, rows, out)
+        return out
+
+    def gradient(self, x: Tensor, rows: Rows, loss: Loss) -> tuple[Tensor, Tensor, Tensor]:
+        x = x.detach().requires_grad_()
+
+        def passes() -> tuple[Tensor, Tensor, Tensor]:
+            with torch.enable_grad():
+                out = self.view.logits(x, rows.index)
+                value = loss(out, rows)
+                (gradient,) = torch.autograd.grad(value.sum(), x, allow_unused=True)
+            return out.detach(), value.detach(), torch.zeros_like(x) if gradient is None else gradient
+
+        out, value, gradient = self._timed(passes)
+        x = x.detach()
+        self._count(self.forwards, rows.index)
+        self._count(self.backwards, rows.index)
+        self._look(x, rows, out)
+        return out, value, gradient
+
+    # The loop.
+
+    def run_stage(self, attack: Attack, index: Tensor, sink: Sink) -> None:
+        """Attacks the samples `index` (m,) and hands each over exactly once, broken or not.
+
+        Args:
+            attack: one stage.
+            index: numbers of the samples to attack.
+            sink: receives finished samples, every few seconds and at the end.
+        """
+        self.forwards[index] = 0
+        self.backwards[index] = 0
+        waiting = self._units(attack, index)
+        left = torch.zeros(len(self.samples), dtype=torch.int64, device=index.device)
+        self._count(left, waiting.index)
+        handed = torch.ones(len(self.samples), dtype=torch.bool, device=index.device)
+        handed[index] = False
+        rows: Rows | None = None
+        state: State | None = None
+        last_flush = time.perf_counter()
+        while True:
+            waiting, rows, state = self._refill(attack, waiting, rows, state)
+            if rows is None or state is None:
+                break
+            ended = attack.step(state, rows, self)
+            keep = self._retire(attack, state, rows, ended, left)
+            rows, state = (rows.take(keep), state.take(keep)) if len(keep) < len(rows) else (rows, state)
+            now = time.perf_counter()
+            if now - last_flush >= self.flush_seconds:
+                self._flush(handed, left, now - last_flush, sink)
+                last_flush = now
+        self._flush(handed, left, time.perf_counter() - last_flush, sink)
+
+    def _units(self, attack: Attack, index: Tensor) -> Rows:
+        """All rows of a stage, in the order in which they start: every sample's first target, then the second ones, …"""
+        targets = self._targets(attack, index)
+        width = 1 if targets is None else targets.shape[1]
+        order = index.repeat(width)
+        keys = [
+            sample_keys(self.seed, f"{attack.stage}/{number}", self.samples.ids[index]) for number in range(width)
+        ]
+        aims = torch.full_like(order, -1) if targets is None else targets.t().reshape(-1)
+        return Rows(order, self.samples.x[order], self.samples.y[order], aims, torch.cat(keys))
+
+    @torch.no_grad()
+    def _targets(self, attack: Attack, index: Tensor) -> Tensor | None:
+        found = []
+        for part in index.split(self.batch_size):
+            targets = attack.targets(self.view.logits(self.samples.x[part], part), self.samples.y[part])
+            if targets is None:
+                return None
+            self._count(self.forwards, part)
+            found.append(targets)
+        return torch.cat(found)
+
+    def _refill(
+        self, attack: Attack, waiting: Rows, rows: Rows | None, state: State | None
+    ) -> tuple[Rows, Rows | None, State | None]:
+        """Starts waiting rows in the free places; units of samples that are broken by now are dropped unseen."""
+        running = 0 if rows is None else len(rows)
+        free = self.batch_size - running
+        # Joining costs a copy of the state, so a few free places wait until there are more of them.
+        if len(waiting) == 0 or (running > 0 and free < max(self.batch_size // 8, 1)):
+            return waiting, rows if running else None, state
+        waiting = waiting.take((~self.broken[waiting.index]).nonzero().squeeze(1))
+        if len(waiting) == 0:
+            return waiting, rows if running else None, state
+        positions = torch.arange(len(waiting), device=waiting.index.device)
+        fresh = waiting.take(positions[:free])
+        waiting = waiting.take(positions[free:])
+        fresh_state = attack.start(fresh, self)
+        if rows is None or state is None or running == 0:
+            return waiting, fresh, fresh_state
+        return waiting, rows.join(fresh), state.join(fresh_state)
+
+    def _retire(self, attack: Attack, state: State, rows: Rows, ended: Tensor, left: Tensor) -> Tensor:
+        """Books the rows that are broken or at their end; returns the positions of those that go on."""
+        broken = self.broken[rows.index]
+        unbroken_end = (ended & ~broken).nonzero().squeeze(1)
+        if len(unbroken_end) > 0:
+            at = rows.index[unbroken_end]
+            self.x_adv[at] = attack.final(state)[unbroken_end]
+            left.index_add_(0, at, torch.full_like(at, -1))
+        return (~(ended | broken)).nonzero().squeeze(1)
+
+    def _flush(self, handed: Tensor, left: Tensor, seconds: float, sink: Sink) -> None:
+        done = ~handed & (self.broken | (left <= 0))
+        at = done.nonzero().squeeze(1)
+        handed |= done
+        if len(at) > 0:
+            sink(
+                Finished(
+                    at, self.broken[at], self.adv_pred[at], self.x_adv[at], self.forwards[at], self.backwards[at], seconds
+                )
+            )
+
+    # Judging.
+
+    @torch.no_grad()
+    def _look(self, x: Tensor, rows: Rows, logits: Tensor) -> None:
+        """Judges images that an attack looked at: those that seem to succeed are confirmed on the whole model."""
+        open_rows = ~self.broken[rows.index]
+        if self.view.is_whole:
+            open_rows &= logits.argmax(dim=1) != rows.y
+        candidates = open_rows.nonzero().squeeze(1)
+        if len(candidates) == 0:
+            return
+        inside = within(x[candidates], rows.x[candidates], self.threat)
+        candidates = candidates[inside]
+        if len(candidates) == 0:
+            return
+        index = rows.index[candidates]
+        success, prediction = self._timed(lambda: self.judge(x[candidates], index))
+        self._count(self.forwards, index)
+        hits = success.nonzero().squeeze(1)
+        if len(hits) > 0:
+            at = index[hits]
+            self.broken[at] = True
+            self.adv_pred[at] = prediction[hits]
+            self.x_adv[at] = x[candidates[hits]]
+
+    @staticmethod
+    def _count(counter: Tensor, index: Tensor) -> None:
+        counter.index_add_(0, index, torch.ones_like(index))
+
+    def _timed(self, work: Callable[[], T]) -> T:
+        begin = time.perf_counter()
+        result = work()
+        self.model_seconds += time.perf_counter() - begin
+        return result
+
+
+def to_samples(
+    images: NDArray[np.float32], labels: NDArray[np.int64], ids: NDArray[np.int64], device: torch.device | str
+) -> Samples:
+    """Puts NumPy images (N, C, H, W), labels and ids on a device."""
+    return Samples(
+        torch.from_numpy(images).to(device), torch.from_numpy(labels).to(device), torch.from_numpy(ids).to(device)
+    )
+

@@ -1,0 +1,174 @@
+"""Views: what an attack is shown of a model.
+
+A component attack is an ordinary attack on another view; what counts is always the whole model. A view takes images and the
+numbers of their samples, because it may hold what it computed on the clean samples.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from moebench.errors import UsageError
+from moebench.models._moe import (
+    RoutedModel,
+    Routing,
+    Tape,
+    forced_forward,
+    moe_layers,
+    replay,
+    route,
+    smooth_forward,
+)
+from moebench.schema import EXPERT_VIEW, check_view_name
+
+HALVES = ("standard", "robust")
+
+
+class View(ABC):
+    """Logits of one view of a model."""
+
+    def __init__(self, name: str, model: nn.Module) -> None:
+        self.name = name
+        self.model = model
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the view's logits are those of the whole model."""
+        return False
+
+    def prepare(self, x: Tensor) -> None:
+        """Keeps what the view needs of the clean samples, (N, C, H, W); `index` later counts in them."""
+        return
+
+    @abstractmethod
+    def logits(self, x: Tensor, index: Tensor) -> Tensor:
+        """Logits (R, K) of images (R, C, H, W) of the samples `index` (R,)."""
+
+
+class WholeView(View):
+    """The model as it is."""
+
+    @property
+    def is_whole(self) -> bool:
+        return True
+
+    def logits(self, x: Tensor, index: Tensor) -> Tensor:
+        out: Tensor = self.model(x)
+        return out
+
+
+class FunctionView(View):
+    """A view that needs nothing of the clean samples."""
+
+    def __init__(self, name: str, model: nn.Module, forward: Callable[[Tensor], Tensor]) -> None:
+        super().__init__(name, model)
+        self._forward = forward
+
+    def logits(self, x: Tensor, index: Tensor) -> Tensor:
+        return self._forward(x)
+
+
+class RouterView(View):
+    """The attacked image steers the (soft) routing, the experts see the clean image: gives RA-R.
+
+    Soft routing stands in for top-k, whose selection has no gradient.
+    """
+
+    def prepare(self, x: Tensor) -> None:
+        self._clean = x
+        self._outputs: Mapping[str, Tensor] | None = None
+        if isinstance(self.model, RoutedModel):
+            with torch.no_grad():
+                self._outputs = self.model.expert_outputs(x)
+
+    def logits(self, x: Tensor, index: Tensor) -> Tensor:
+        tape = route(self.model, x, soft=True)
+        if self._outputs is None:
+            return replay(self.model, self._clean[index], tape)
+        assert isinstance(self.model, RoutedModel)
+        return self.model.mix({layer: outputs[index] for layer, outputs in self._outputs.items()}, tape)
+
+
+class ExpertsView(View):
+    """The clean image steers the routing, the experts see the attacked one: gives RA-E."""
+
+    def prepare(self, x: Tensor) -> None:
+        with torch.no_grad():
+            self._tape: Tape = route(self.model, x)
+
+    def logits(self, x: Tensor, index: Tensor) -> Tensor:
+        tape: Mapping[str, Routing] = {layer: routing.take(index) for layer, routing in self._tape.items()}
+        return replay(self.model, x, dict(tape))
+
+
+def applicable_views(model: nn.Module) -> list[str]:
+    """Every view that this model has."""
+    layers = moe_layers(model)
+    if not layers:
+        return ["whole"]
+    names = ["whole", "router", "experts", "smooth", "straight-through", *component_halves(model)]
+    if len(layers) == 1:
+        names += [f"expert[{number}]" for number in range(len(next(iter(layers.values())).experts))]
+    else:
+        names += [f"expert[{layer}:{number}]" for layer, module in layers.items() for number in range(len(module.experts))]
+    return names
+
+
+def default_views(model: nn.Module) -> list[str]:
+    """The views behind the headline metrics: RA, and for an MoE RA-R, RA-E and one per half of a dual model."""
+    return ["whole", "router", "experts", *component_halves(model)] if moe_layers(model) else ["whole"]
+
+
+def component_halves(model: nn.Module) -> list[str]:
+    """("standard", "robust") for a dual model, nothing for others."""
+    children = dict(model.named_children())
+    return list(HALVES) if all(half in children for half in HALVES) and moe_layers(model) else []
+
+
+def make_view(name: str, model: nn.Module) -> View:
+    """A view by name.
+
+    Raises:
+        UsageError: no such view, or this model does not have it.
+    """
+    check_view(name, model)
+    if name == "whole":
+        return WholeView(name, model)
+    if name == "router":
+        return RouterView(name, model)
+    if name == "experts":
+        return ExpertsView(name, model)
+    if name == "smooth":
+        return FunctionView(name, model, lambda x: smooth_forward(model, x))
+    if name == "straight-through":
+        return FunctionView(name, model, lambda x: smooth_forward(model, x, straight_through=True))
+    if name in HALVES:
+        half = model.get_submodule(name)
+        return FunctionView(name, model, lambda x: half(x))
+    match = EXPERT_VIEW.fullmatch(name)
+    assert match is not None
+    layer, number = match["layer"], int(match["number"])
+    return FunctionView(name, model, lambda x: forced_forward(model, x, number, layer))
+
+
+def check_view(name: str, model: nn.Module) -> None:
+    """Refuses views that do not exist or that the model does not have."""
+    check_view_name(name)
+    available = applicable_views(model)
+    match = EXPERT_VIEW.fullmatch(name)
+    if name in available or (match and match["layer"] is None and _everywhere(model, int(match["number"]))):
+        return
+    if available == ["whole"]:
+        raise UsageError(f"view {name!r} needs a model with routing; this one is dense and has only the view 'whole'")
+    shown = ", ".join(available)
+    raise UsageError(f"view {name!r} does not exist on this model; it has {shown}")
+
+
+def _everywhere(model: nn.Module, number: int) -> bool:
+    """Whether every MoE layer has that expert, so that `expert[i]` forces it in all of them."""
+    layers = moe_layers(model)
+    return bool(layers) and all(number < len(layer.experts) for layer in layers.values())

@@ -1,0 +1,214 @@
+"""Square Attack: random search over square patches, without gradients.
+
+Andriushchenko, Croce, Flammarion and Hein, "Square Attack: a query-efficient black-box adversarial attack via random
+search", ECCV 2020 (arXiv 1912.00049), algorithms 1 to 3, with the margin loss and AutoAttack's schedule.
+
+Differs from the authors' code: every sample draws its own patches (there all samples of a batch share them, so that a
+verdict depends on the batch), and a patch may touch the last row and column.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from moebench.attacks._base import Attack, Oracle, Rows, State, register_attack
+from moebench.attacks._losses import margin
+from moebench.attacks._projections import expand, l2_norm, project
+from moebench.attacks._random import uniform
+from moebench.schema import PaperCard, ThreatModel
+
+ANDRIUSHCHENKO_2020 = PaperCard(
+    title="Square Attack: a query-efficient black-box adversarial attack via random search",
+    authors="Maksym Andriushchenko, Francesco Croce, Nicolas Flammarion, Matthias Hein",
+    venue="ECCV",
+    year=2020,
+    arxiv="1912.00049",
+    bibtex="""@inproceedings{andriushchenko2020square,
+  title = {Square Attack: a query-efficient black-box adversarial attack via random search},
+  author = {Andriushchenko, Maksym and Croce, Francesco and Flammarion, Nicolas and Hein, Matthias},
+  booktitle = {European Conference on Computer Vision},
+  year = {2020}
+}""",
+)
+
+_BENDS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
+
+
+@dataclass
+class SquareState(State):
+    """x: the best image so far; loss: its margin; queries: proposals made."""
+
+    x: Tensor
+    loss: Tensor
+    queries: Tensor
+
+
+@dataclass(frozen=True)
+class Square(Attack):
+    """Random search that keeps a proposal where it raises the margin.
+
+    Args:
+        queries: proposals per sample.
+        p_init: share of the pixels that the first patches cover; halved at fixed numbers of queries.
+    """
+
+    queries: int = 5000
+    p_init: float = 0.8
+
+    @property
+    def stage(self) -> str:
+        return "square"
+
+    def start(self, rows: Rows, oracle: Oracle) -> SquareState:
+        threat = oracle.threat
+        x = _stripes(rows, threat) if threat.norm == "Linf" else _tiles(rows, threat)
+        loss = margin(oracle.logits(x, rows), rows)
+        return SquareState(x, loss, torch.zeros(len(rows), dtype=torch.int64, device=x.device))
+
+    def step(self, state: SquareState, rows: Rows, oracle: Oracle) -> Tensor:
+        smallest = 1 if oracle.threat.norm == "Linf" else 3
+        sides = patch_sides(self.queries, self.p_init, smallest, rows.x.shape[2], rows.x.shape[3], state.x.device)[state.queries]
+        propose = _propose_linf if oracle.threat.norm == "Linf" else _propose_l2
+        x_new = propose(state, rows, sides, oracle.threat)
+        loss = margin(oracle.logits(x_new, rows), rows)
+        better = loss > state.loss
+        state.x = torch.where(expand(better, x_new), x_new, state.x)
+        state.loss = torch.where(better, loss, state.loss)
+        state.queries = state.queries + 1
+        return state.queries >= self.queries
+
+    def budget(self) -> tuple[int, int]:
+        return self.queries + 2, 0
+
+    def final(self, state: SquareState) -> Tensor:
+        return state.x
+
+
+@lru_cache(maxsize=16)
+def patch_sides(queries: int, p_init: float, smallest: int, height: int, width: int, device: torch.device) -> Tensor:
+    """Side of the patch at every query, (queries,): sqrt(p · pixels), with p halved at 10, 50, 200, 500, … queries.
+
+    L2 patches (`smallest` 3) have odd sides.
+    """
+    sides = []
+    for query in range(queries):
+        p = p_init / 2 ** sum(query > bend for bend in _BENDS)
+        side = max(round(math.sqrt(p * height * width)), smallest)
+        if smallest == 3 and side % 2 == 0:
+            side += 1
+        sides.append(min(side, height, width))
+    return torch.tensor(sides, device=device)
+
+
+def _stripes(rows: Rows, threat: ThreatModel) -> Tensor:
+    """Vertical stripes of ±eps, one sign per channel and column."""
+    batch, channels, _, width = rows.x.shape
+    signs = torch.where(uniform(rows.key, 0, channels * width) < 0.5, -1.0, 1.0).view(batch, channels, 1, width)
+    return project(rows.x + threat.eps * signs, rows.x, threat)
+
+
+def _patch(u: Tensor, sides: Tensor, height: int, width: int) -> Tensor:
+    """Masks of square patches at random places, (R, 1, H, W) bool, from two uniform numbers per row."""
+    top = (u[:, 0] * (height - sides + 1)).long()
+    left = (u[:, 1] * (width - sides + 1)).long()
+    y = torch.arange(height, device=u.device)
+    x = torch.arange(width, device=u.device)
+    inside_y = (y >= top.unsqueeze(1)) & (y < (top + sides).unsqueeze(1))
+    inside_x = (x >= left.unsqueeze(1)) & (x < (left + sides).unsqueeze(1))
+    return (inside_y.unsqueeze(2) & inside_x.unsqueeze(1)).unsqueeze(1)
+
+
+def _propose_linf(state: SquareState, rows: Rows, sides: Tensor, threat: ThreatModel) -> Tensor:
+    """Algorithm 2: a patch of ±2 eps per channel, projected back to the ball."""
+    batch, channels, height, width = rows.x.shape
+    u = uniform(rows.key, state.queries + 1, 2 + channels)
+    signs = torch.where(u[:, 2:] < 0.5, -1.0, 1.0).view(batch, channels, 1, 1)
+    patch = _patch(u, sides, height, width)
+    return project(state.x + patch * (2 * threat.eps * signs), rows.x, threat)
+
+
+def _tiles(rows: Rows, threat: ThreatModel) -> Tensor:
+    """A grid of pyramids with random signs, scaled to norm eps: the start for L2."""
+    batch, channels, height, width = rows.x.shape
+    side = max(min(height, width) // 5, 1)
+    down, across = height // side, width // side
+    u = uniform(rows.key, 0, (channels + 1) * down * across).view(batch, channels + 1, down, across)
+    delta = torch.zeros_like(rows.x)
+    upright = pyramid(side, rows.x.device)
+    for row in range(down):
+        for column in range(across):
+            turned = (u[:, -1, row, column] > 0.5).view(-1, 1, 1, 1)
+            tile = torch.where(turned, upright.t(), upright)
+            signs = torch.where(u[:, :-1, row, column] < 0.5, -1.0, 1.0).view(batch, channels, 1, 1)
+            delta[:, :, row * side : (row + 1) * side, column * side : (column + 1) * side] = tile * signs
+    return _on_sphere(delta, rows, threat)
+
+
+def _propose_l2(state: SquareState, rows: Rows, sides: Tensor, threat: ThreatModel) -> Tensor:
+    """Algorithm 3: moves the budget of a second patch, and what is left of eps, into a first one."""
+    batch, channels, height, width = rows.x.shape
+    u = uniform(rows.key, state.queries + 1, 5 + channels)
+    delta = state.x - rows.x
+    first, second = _patch(u[:, 0:2], sides, height, width), _patch(u[:, 2:4], sides, height, width)
+    spent = delta.square().sum(dim=(1, 2, 3), keepdim=True)
+    budget = (threat.eps**2 - spent).clamp_min(0.0) / channels
+    budget = budget + (delta * (first | second)).square().sum(dim=(2, 3), keepdim=True)
+    inside = delta * first
+    old = inside / (inside.square().sum(dim=(2, 3), keepdim=True).sqrt() + 1e-12)
+    signs = torch.where(u[:, 5:] < 0.5, -1.0, 1.0).view(batch, channels, 1, 1)
+    fresh = _pyramids_in(first, sides, u[:, 4] > 0.5) * signs + old
+    fresh = fresh / (fresh.square().sum(dim=(2, 3), keepdim=True).sqrt() + 1e-12) * budget.sqrt()
+    return _on_sphere(torch.where(first, fresh, torch.where(second, torch.zeros_like(delta), delta)), rows, threat)
+
+
+def _pyramids_in(patch: Tensor, sides: Tensor, turned: Tensor) -> Tensor:
+    """Places a pyramid of the patch's side into each patch, (R, 1, H, W)."""
+    out = torch.zeros(patch.shape, device=patch.device)
+    for side, chosen in _groups(sides):
+        upright = pyramid(side, patch.device)
+        tiles = torch.where(turned[chosen].view(-1, 1, 1), upright.t(), upright)
+        full = out[chosen]
+        full[patch[chosen]] = tiles.reshape(-1)
+        out[chosen] = full
+    return out
+
+
+def _groups(sides: Tensor) -> Iterator[tuple[int, Tensor]]:
+    for side in sides.unique().tolist():
+        yield int(side), (sides == side).nonzero().squeeze(1)
+
+
+@lru_cache(maxsize=64)
+def pyramid(side: int, device: torch.device) -> Tensor:
+    """Two stepped pyramids of opposite sign, one above the other, with norm 1, (side, side): the L2 update of the paper."""
+    half = side // 2
+    parts = ([_steps(half, side)] if half > 0 else []) + [-_steps(side - half, side)]
+    whole = torch.cat([part / part.square().sum().sqrt() for part in parts])
+    return (whole / whole.square().sum().sqrt()).to(device)
+
+
+def _steps(height: int, width: int) -> Tensor:
+    """Concentric rectangles whose heights add up as 1 / k²."""
+    middle_y, middle_x = height // 2, width // 2
+    out = torch.zeros(height, width)
+    for ring in range(max(middle_y, middle_x) + 1):
+        top, left = middle_y - ring, middle_x - ring
+        out[max(top, 0) : min(top + 2 * ring + 1, height), max(left, 0) : min(left + 2 * ring + 1, width)] += 1 / (ring + 1) ** 2
+    return out
+
+
+def _on_sphere(delta: Tensor, rows: Rows, threat: ThreatModel) -> Tensor:
+    scaled = delta * expand(threat.eps / l2_norm(delta).clamp_min(1e-12), delta)
+    return (rows.x + scaled).clamp(threat.lower, threat.upper)
+
+
+@register_attack("square", summary="Square Attack, 5000 queries, no gradients", paper=ANDRIUSHCHENKO_2020)
+def square(*, queries: int = 5000) -> tuple[Attack, ...]:
+    """Random search over square patches."""
+    return (Square(queries=queries),)

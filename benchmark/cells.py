@@ -1,0 +1,213 @@
+"""One cell of an evaluation: an attack on a view, run stage by stage, committed as it goes, resumed where it stopped."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from moebench.attacks._base import Attack, AttackPlan
+from moebench.attacks._engine import Engine, Finished, Samples
+from moebench.attacks._reference import run_reference
+from moebench.attacks._views import make_view
+from moebench.metrics import wilson
+from moebench.routing import RoutingProbe
+from moebench.schema import CellSpec, Chunk, ResultRecord, ThreatModel
+from moebench.store import Store
+from moebench.threat import distances
+
+Tell = Callable[[str, int, int, int], None]
+
+
+@dataclass(frozen=True)
+class CellWork:
+    """What a cell needs. `clean_pred` (N,) are the whole model's predictions; `tell(stage, done, n, standing)` reports."""
+
+    plan: AttackPlan
+    cell: CellSpec
+    model: nn.Module
+    samples: Samples
+    clean_pred: Tensor
+    threat: ThreatModel
+    batch_size: int
+    tell: Tell
+
+
+@dataclass
+class CellOutcome:
+    """The state of a cell per sample while it runs and when it is over; all tensors are (N, …).
+
+    `broken` includes samples that were wrong from the start. After resuming, `x_adv` of samples decided earlier is their
+    clean image.
+    """
+
+    x_adv: Tensor
+    adv_pred: Tensor
+    broken: Tensor
+    forwards: int = 0
+    backwards: int = 0
+    seconds: float = 0.0
+    stages: dict[str, dict[str, float]] = field(default_factory=dict)
+
+
+def run_cell(work: CellWork, store: Store | None, run_id: str, *, resume: bool) -> tuple[ResultRecord, CellOutcome]:
+    """Runs a cell to its end.
+
+    Args:
+        work: model, samples, attack and view.
+        store: where chunks and the result go; None computes without storing.
+        run_id: the run that the result belongs to.
+        resume: go on with what a killed run has committed of this cell.
+    Returns: the aggregate and the outcome per sample.
+    """
+    runner = _CellRunner(work, store, run_id, resume)
+    if not runner.has("clean"):
+        runner.commit_clean()
+    for stage in work.plan.stages:
+        runner.run_stage(stage)
+    return runner.finish()
+
+
+class _CellRunner:
+    def __init__(self, work: CellWork, store: Store | None, run_id: str, resume: bool) -> None:
+        self.work = work
+        self.store = store
+        self.outcome = CellOutcome(
+            x_adv=work.samples.x.clone(),
+            adv_pred=work.clean_pred.clone(),
+            broken=torch.zeros_like(work.clean_pred, dtype=torch.bool),
+        )
+        self.probe = RoutingProbe(work.model, work.samples.x, work.batch_size)
+        self.done: dict[str, Tensor] = {}
+        view = make_view(work.cell.view, work.model)
+        view.prepare(work.samples.x)
+        self.engine = Engine(
+            work.model, view, work.samples, work.threat, batch_size=work.batch_size, seed=work.cell.seed
+        )
+        self.result_id: int | None = None
+        if store is not None:
+            self.result_id, chunks = store.open_cell(run_id, work.cell, resume=resume)
+            for chunk in chunks:
+                self._restore(chunk)
+        self.engine.broken |= self.outcome.broken
+
+    def has(self, stage: str) -> bool:
+        return stage in self.done
+
+    def commit_clean(self) -> None:
+        """The first chunk: which samples the model gets wrong without any attack."""
+        everything = torch.arange(len(self.work.samples), device=self.work.samples.x.device)
+        wrong = self.work.clean_pred != self.work.samples.y
+        zeros = torch.zeros_like(everything)
+        # One forward pass per sample was made for the clean predictions.
+        finished = Finished(everything, wrong, self.work.clean_pred, self.work.samples.x, zeros + 1, zeros, 0.0)
+        self.engine.broken |= wrong
+        self._keep("clean", finished)
+
+    def run_stage(self, stage: Attack) -> None:
+        """Attacks the samples that stand and that this stage has not decided yet."""
+        decided = self.done.get(stage.stage)
+        todo = ~self.outcome.broken
+        if decided is not None:
+            todo &= ~decided
+        index = todo.nonzero().squeeze(1)
+        if len(index) == 0:
+            return
+        total, decided_now = len(index), 0
+
+        def sink(finished: Finished) -> None:
+            nonlocal decided_now
+            self._keep(stage.stage, finished)
+            decided_now += len(finished.index)
+            self.work.tell(stage.stage, decided_now, total, int((~self.outcome.broken).sum()))
+
+        self.work.tell(stage.stage, 0, total, int((~self.outcome.broken).sum()))
+        if self.work.cell.engine == "reference":
+            run_reference(stage, self.engine, index, sink)
+        else:
+            self.engine.run_stage(stage, index, sink)
+
+    def finish(self) -> tuple[ResultRecord, CellOutcome]:
+        """The aggregate, checked and stored."""
+        out, work = self.outcome, self.work
+        n = len(work.samples)
+        standing = int((~out.broken).sum())
+        low, high = wilson(standing, n)
+        record = ResultRecord(
+            attack=work.cell.attack,
+            view=work.cell.view,
+            accuracy=standing / n,
+            ci_low=low,
+            ci_high=high,
+            n=n,
+            seconds=out.seconds,
+            forwards=out.forwards,
+            backwards=out.backwards,
+            clean_accuracy=int((work.clean_pred == work.samples.y).sum()) / n,
+            changed_predictions=int((out.adv_pred != work.clean_pred).sum()) / n,
+            routing=self.probe.layers(),
+            stages=out.stages,
+        )
+        if self.store is not None and self.result_id is not None:
+            self.store.finish_cell(self.result_id, record)
+        return record, out
+
+    def _keep(self, stage: str, finished: Finished) -> None:
+        """Books finished samples and commits them."""
+        begin = time.perf_counter()
+        at = finished.index
+        distance = torch.zeros(len(at), device=at.device)
+        if stage != "clean":
+            moved = distances(finished.x_adv, self.work.samples.x[at], self.work.threat).float()
+            distance = torch.where(finished.broken, moved, distance)
+        self.outcome.x_adv[at] = finished.x_adv
+        extras = {} if stage == "clean" else self.probe.look(finished.x_adv, at)
+        chunk = Chunk(
+            stage=stage,
+            index=_int64(at),
+            broken=finished.broken.cpu().numpy(),
+            clean_pred=_int64(self.work.clean_pred[at]),
+            adv_pred=_int64(finished.adv_pred),
+            distance=distance.cpu().numpy().astype(np.float32),
+            forwards=_int64(finished.forwards),
+            backwards=_int64(finished.backwards),
+            seconds=finished.seconds + time.perf_counter() - begin,
+            extras=extras,
+        )
+        self._book(chunk)
+        if self.store is not None and self.result_id is not None:
+            self.store.append_chunk(self.result_id, chunk)
+
+    def _restore(self, chunk: Chunk) -> None:
+        self._book(chunk)
+        if chunk.stage != "clean":
+            self.probe.restore(chunk.index, chunk.extras)
+
+    def _book(self, chunk: Chunk) -> None:
+        out, device = self.outcome, self.outcome.broken.device
+        at = torch.from_numpy(chunk.index.copy()).to(device)
+        broken = torch.from_numpy(chunk.broken.copy()).to(device)
+        hit = at[broken]
+        out.broken[hit] = True
+        out.adv_pred[hit] = torch.from_numpy(chunk.adv_pred.copy()).to(device)[broken]
+        out.forwards += int(chunk.forwards.sum())
+        out.backwards += int(chunk.backwards.sum())
+        out.seconds += chunk.seconds
+        seen = self.done.setdefault(chunk.stage, torch.zeros_like(out.broken))
+        seen[at] = True
+        entry = out.stages.setdefault(
+            chunk.stage, {"attacked": 0, "broken": 0, "forwards": 0, "backwards": 0, "seconds": 0.0}
+        )
+        entry["attacked"] += len(chunk)
+        entry["broken"] += int(chunk.broken.sum())
+        entry["forwards"] += int(chunk.forwards.sum())
+        entry["backwards"] += int(chunk.backwards.sum())
+        entry["seconds"] += chunk.seconds
+
+
+def _int64(tensor: Tensor) -> np.typing.NDArray[np.int64]:
+    return tensor.cpu().numpy().astype(np.int64)

@@ -1,0 +1,59 @@
+"""The command line: parses, calls one function per command, and turns errors into one line and an exit code."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import click
+
+from moebench import __version__
+from moebench.commands.evaluate import evaluate_command
+from moebench.commands.listing import list_command
+from moebench.commands.report import report_command
+from moebench.commands.show import show_command
+from moebench.commands.train import train_command
+from moebench.errors import MoebenchError
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="moebench")
+def cli() -> None:
+    """Adversarial robustness of mixture-of-experts vision models, measured."""
+
+
+for command in (evaluate_command, train_command, list_command, show_command, report_command):
+    cli.add_command(command)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command; returns the exit code: 0 done, 1 the run failed, 2 bad usage."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in words
+    try:
+        return int(cli.main(words, prog_name="moebench", standalone_mode=False) or 0)
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        return 2
+    except click.ClickException as error:
+        _say(error.format_message())
+        return 2
+    except MoebenchError as error:
+        if debug:
+            raise
+        _say(str(error))
+        return error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        _say("interrupted; what was finished is kept, and the same command goes on from there")
+        return 1
+    except BrokenPipeError:
+        return 1
+    except Exception as error:
+        if debug:
+            raise
+        _say(f"failed: {type(error).__name__}: {error} (--debug shows where)")
+        return 1
+
+
+def _say(text: str) -> None:
+    click.echo(f"moebench: {' '.join(text.split())}", err=True)

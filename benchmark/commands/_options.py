@@ -1,0 +1,53 @@
+"""Options that several commands share, declared once."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from moebench.errors import UsageError
+
+Decorated = Callable[..., Any]
+
+
+def database_option(function: Decorated) -> Decorated:
+    return click.option(
+        "--db", metavar="URL", help="Results database, a file or an SQLAlchemy URL [default: $MOEBENCH_DB or results.db]."
+    )(function)
+
+
+def debug_option(function: Decorated) -> Decorated:
+    """`--debug` is read by `main`, which decides about tracebacks; here it only has to be known."""
+    return click.option("--debug", is_flag=True, expose_value=False, help="Show a traceback on errors.")(function)
+
+
+def settings_option(function: Decorated) -> Decorated:
+    return click.option(
+        "--set", "settings", metavar="KEY=VALUE", multiple=True, help="A setting of the model; may be given several times."
+    )(function)
+
+
+def parse_settings(pairs: tuple[str, ...]) -> dict[str, Any]:
+    """KEY=VALUE pairs with Python literals as values; anything else is a string.
+
+    Raises:
+        UsageError: a pair without "=".
+    """
+    settings: dict[str, Any] = {}
+    for pair in pairs:
+        key, sign, text = pair.partition("=")
+        if not sign or not key:
+            raise UsageError(f"--set takes KEY=VALUE, got {pair!r}")
+        try:
+            settings[key.strip()] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            settings[key.strip()] = text
+    return settings
+
+
+def split_names(text: str) -> tuple[str, ...]:
+    """The parts of a comma-separated list, blanks removed."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())

@@ -1,0 +1,49 @@
+"""`moebench list`: what there is, without importing torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from moebench.commands._options import debug_option
+from moebench.registry import Declaration, attack_registry, model_registry
+from moebench.schema import PROTOCOL_VERSION, SUITE_VERSION
+
+SUITES = {"v1": ("fgsm", "pgd-50", "smooth-pgd-50", "autoattack")}
+"""Suite version -> the attacks that a complete row of its leaderboard has. A published suite never changes."""
+
+
+@click.command("list")
+@click.argument("what", type=click.Choice(["models", "attacks", "datasets", "suites"]))
+@debug_option
+def list_command(what: str) -> None:
+    """List models, attacks, data sets or suites."""
+    if what == "suites":
+        for version, attacks in SUITES.items():
+            current = " (current)" if version == SUITE_VERSION else ""
+            click.echo(f"{version}{current}: {', '.join(attacks)}; protocol version {PROTOCOL_VERSION}")
+        return
+    declarations = _declarations(what)
+    width = max((len(_shown(declaration)) for declaration in declarations), default=0)
+    for declaration in declarations:
+        facts = declaration.facts
+        kind = f"{facts['family']:9}" if "family" in facts else ""
+        click.echo(f"{_shown(declaration):{width}}  {kind}{facts.get('summary', '')}".rstrip())
+    if what == "attacks":
+        click.echo(f"suite {SUITE_VERSION}, protocol {PROTOCOL_VERSION}")
+
+
+def _declarations(what: str) -> list[Declaration]:
+    if what == "models":
+        return model_registry().declarations()
+    if what == "attacks":
+        return attack_registry().declarations()
+    from moebench.datasets import DATASETS
+
+    return DATASETS.declarations()
+
+
+def _shown(declaration: Declaration) -> str:
+    argument: Any = declaration.facts.get("argument")
+    return f"{declaration.name}:{argument}" if argument else declaration.name

@@ -1,0 +1,69 @@
+"""`moebench show`: the card of a model, or everything about a stored run."""
+
+from __future__ import annotations
+
+import click
+
+from moebench.commands._options import database_option, debug_option
+from moebench.errors import UsageError
+from moebench.registry import model_registry
+
+
+@click.command("show")
+@click.argument("what", metavar="MODEL|RUN")
+@database_option
+@debug_option
+def show_command(what: str, db: str | None) -> None:
+    """Show a model's card (paper, architecture, recipe, claims), or a stored run by the start of its id."""
+    if what in model_registry():
+        from moebench.cards import model_card
+
+        click.echo(model_card(what))
+        return
+    from moebench.store import Store
+
+    try:
+        with Store.open(db, write=False) as store:
+            run = store.run(what)
+    except UsageError as error:
+        raise UsageError(f"{what!r} is neither a model nor a run: {model_registry().unknown(what)}; {error}") from None
+    _show_run(run)
+
+
+def _show_run(run: object) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+
+    from moebench.commands._tables import results_table
+    from moebench.schema import StoredRun
+
+    assert isinstance(run, StoredRun)
+    console = Console(highlight=False)
+    protocol, environment = run.protocol, run.environment
+    took = "" if run.seconds is None else f", {run.seconds:.1f} s"
+    console.print(f"[bold]run {run.run_id}[/bold]  {run.status}{took}" + (f": {escape(run.error)}" if run.error else ""))
+    console.print(f"  command     {escape(run.command)}")
+    console.print(f"  model       {escape(run.model.name)}, weights {run.checkpoint.sha256[:16]}… ({escape(run.checkpoint.origin)})")
+    console.print(
+        f"  protocol    {escape(protocol.dataset)} {protocol.split}, n = {protocol.n}, {protocol.threat}, "
+        f"version {protocol.version}, data {protocol.data_sha256[:16]}…"
+    )
+    console.print(f"  started     {run.started_at}, on {environment.get('device')} ({escape(str(environment.get('platform')))})")
+    versions = environment.get("versions") or {}
+    console.print("  versions    " + ", ".join(f"{name} {value}" for name, value in versions.items() if value))
+    console.print(results_table([result.record for result in run.results]))
+    for result in run.results:
+        for layer in result.record.routing:
+            console.print(
+                f"  {result.record.attack} on {escape(result.record.view)}, layer {layer.name}: routes changed "
+                f"{layer.changed:.1%}, IoU {layer.iou:.3f}, entropy {layer.entropy_clean:.3f} → {layer.entropy_adv:.3f}, "
+                f"load {_loads(layer.load_clean)} → {_loads(layer.load_adv)}"
+            )
+    for flag in run.flags:
+        console.print(f"  [yellow]flag[/yellow] {flag.code}: {escape(flag.evidence)}")
+    if run.reused:
+        console.print(f"  {run.reused} of these results were computed by earlier runs")
+
+
+def _loads(shares: tuple[float, ...]) -> str:
+    return "/".join(f"{100 * share:.0f}" for share in shares)

@@ -1,0 +1,7 @@
+"""Data sets as numpy images in [0, 1] with stable sample ids and hashes. One public file per source."""
+
+from __future__ import annotations
+
+from moebench.datasets._base import DATASETS, Dataset, Request, Samples, load_dataset, register_dataset
+
+__all__ = ["DATASETS", "Dataset", "Request", "Samples", "load_dataset", "register_dataset"]

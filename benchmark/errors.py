@@ -1,0 +1,25 @@
+"""The exceptions that the command line turns into one line and an exit code."""
+
+from __future__ import annotations
+
+
+class MoebenchError(Exception):
+    """Base class of every error that moebench raises on purpose.
+
+    The message is one line: what was wrong, what was expected, what to try. The command line prints it without a
+    traceback and exits with `exit_code`.
+    """
+
+    exit_code = 1
+
+
+class UsageError(MoebenchError):
+    """The user asked for something that cannot be done: exit code 2, nothing is written."""
+
+    exit_code = 2
+
+
+class RunError(MoebenchError):
+    """A run that was asked for correctly failed while it worked: exit code 1."""
+
+    exit_code = 1

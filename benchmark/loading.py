@@ -1,0 +1,219 @@
+"""Turns what the user names as a model into a network ready to be evaluated: registered, from a file, or from a module."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+from moebench.datasets import Dataset
+from moebench.errors import MoebenchError, UsageError
+from moebench.models._base import MODELS
+from moebench.models._moe import moe_layers
+from moebench.models._weights import load_into, read_weights, shipped_weights, state_sha256
+from moebench.schema import CheckpointRecord, ModelRecord
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A network in eval mode with frozen parameters, and what the store will say of it.
+
+    `code` identifies the program: the registry entry's version, or the hash of the user's file.
+    """
+
+    module: nn.Module
+    record: ModelRecord
+    checkpoint: CheckpointRecord
+    code: str
+
+
+def load(
+    name: str, dataset: Dataset, *, weights: Path | None = None, settings: Mapping[str, Any] | None = None, device: str = "cpu"
+) -> LoadedModel:
+    """Loads a model for a data set.
+
+    Args:
+        name: a registered name, FILE.py:FACTORY or package.module:FACTORY.
+        dataset: decides the number of classes, the image shape, and which shipped weights are taken.
+        weights: a safetensors file with its card, instead of the shipped weights.
+        settings: settings of a registered model that the weights' card does not fix.
+        device: where the network goes.
+
+    Raises:
+        UsageError: unknown name, no weights, or a factory that fails.
+    """
+    check_device(device)
+    if ":" in name:
+        if weights is not None or settings:
+            raise UsageError("--weights and --set belong to registered models; a factory loads its own weights")
+        loaded = _from_factory(name, dataset)
+    else:
+        loaded = _from_registry(name, dataset, weights, settings or {})
+    loaded.module.requires_grad_(False).eval().to(device)
+    return loaded
+
+
+def check_device(device: str) -> None:
+    """Refuses a device that this machine does not have."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise UsageError(f"device {device!r} cannot be used here ({first}); use --device cpu") from None
+
+
+def _from_registry(name: str, dataset: Dataset, weights: Path | None, settings: Mapping[str, Any]) -> LoadedModel:
+    entry = MODELS.get(name)
+    path = weights or shipped_weights(dataset.name, name)
+    if weights is None and not path.exists():
+        raise UsageError(
+            f"no weights of {name} are shipped for data set {dataset.name}; "
+            f"train them (`moebench train --model {name} --dataset {dataset.name}`) and pass --weights FILE"
+        )
+    state, card = read_weights(path)
+    if card.get("model") != name:
+        raise UsageError(f"{path} holds weights of {card.get('model')!r}, not of {name!r}")
+    if tuple(card.get("shape", ())) != dataset.shape:
+        have, need = "×".join(map(str, card.get("shape", ()))), "×".join(map(str, dataset.shape))
+        raise UsageError(f"the weights {path} are for images of {have}, and {dataset.name} has {need}")
+    module = entry.make(int(card["num_classes"]), dataset.shape, **{**_own_settings(card, entry.settings), **settings})
+    load_into(module, state, str(path))
+    origin = "shipped" if weights is None else path.name
+    recipe = {key: card.get(key) for key in ("recipe", "settings", "seed", "validation", "command", "initialised_from")}
+    checkpoint = _checkpoint(module, card["sha256"], name, card.get("dataset"), origin, dataset, recipe, card.get("log", ()))
+    return LoadedModel(module, entry.record(), checkpoint, f"{name}/{entry.version}/{sorted(settings.items())}")
+
+
+def _own_settings(card: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that the weights were trained with and that differ from the registry entry's own."""
+    return {key: value for key, value in card.get("settings", {}).items() if defaults.get(key) != value}
+
+
+def _from_factory(name: str, dataset: Dataset) -> LoadedModel:
+    source, _, attribute = name.rpartition(":")
+    module, code = _import(source)
+    factory = getattr(module, attribute, None)
+    if not callable(factory):
+        found = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        raise UsageError(f"{source} has no callable {attribute!r}; it has {', '.join(found[:8]) or 'none'}")
+    network = _call(factory, name, dataset.num_classes)
+    if not isinstance(network, nn.Module):
+        raise UsageError(f"{name} returned {type(network).__name__}; a factory must return a torch.nn.Module")
+    family = "moe" if moe_layers(network) else "dense"
+    shown = f"{Path(source).name if source.endswith('.py') else source}:{attribute}"
+    record = ModelRecord(shown, "external", f"a user's {family} model", None, None, None)
+    checkpoint = _checkpoint(network, state_sha256(network), shown, None, shown, dataset, {}, ())
+    return LoadedModel(network, record, checkpoint, code)
+
+
+def _import(source: str) -> tuple[ModuleType, str]:
+    """Imports a user's file or module; returns it with a hash of its source."""
+    if not source.endswith(".py"):
+        try:
+            module = importlib.import_module(source)
+        except ModuleNotFoundError as error:
+            raise UsageError(f"cannot import {source} ({error}); is its folder on PYTHONPATH?") from error
+        except Exception as error:
+            raise UsageError(f"importing {source} failed: {_line(error)} (--debug shows where)") from error
+        return module, _source_hash(getattr(module, "__file__", None), source)
+    path = Path(source)
+    if not path.is_file():
+        raise UsageError(f"no file {source}; --model takes a registered name, FILE.py:FACTORY or package.module:FACTORY")
+    name = f"moebench_user_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    # The file may import its neighbours.
+    sys.path.insert(0, str(path.resolve().parent))
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise UsageError(f"importing {source} failed: {_line(error)} (--debug shows where)") from error
+    finally:
+        sys.path.pop(0)
+    return module, _source_hash(source, source)
+
+
+def _call(factory: Callable[..., Any], name: str, num_classes: int) -> Any:
+    try:
+        accepts = "num_classes" in inspect.signature(factory).parameters
+    except (TypeError, ValueError):
+        accepts = False
+    try:
+        return factory(num_classes=num_classes) if accepts else factory()
+    except MoebenchError:
+        raise
+    except Exception as error:
+        raise UsageError(f"the factory {name} failed: {_line(error)} (--debug shows where)") from error
+
+
+def _checkpoint(
+    module: nn.Module,
+    sha256: str,
+    name: str,
+    trained_on: str | None,
+    origin: str,
+    dataset: Dataset,
+    recipe: Mapping[str, Any],
+    log: Any,
+) -> CheckpointRecord:
+    total = sum(parameter.numel() for parameter in module.parameters())
+    return CheckpointRecord(
+        sha256=sha256,
+        model=name,
+        dataset=trained_on,
+        origin=origin,
+        parameters=total,
+        active_parameters=total - _idle_parameters(module),
+        flops=count_flops(module, dataset.shape),
+        recipe=dict(recipe),
+        training_log=tuple(log),
+    )
+
+
+def _idle_parameters(module: nn.Module) -> int:
+    """Parameters of experts that a sample does not use: each layer runs its top_k largest ones at most."""
+    idle = 0
+    for layer in moe_layers(module).values():
+        sizes = sorted((sum(p.numel() for p in expert.parameters()) for expert in layer.experts), reverse=True)
+        idle += sum(sizes[layer.top_k :])
+    return idle
+
+
+def count_flops(module: nn.Module, shape: tuple[int, int, int]) -> int | None:
+    """Floating-point operations of one sample's forward pass, by torch's counter; None where the model refuses zeros."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    training = module.training
+    device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
+    try:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            module.eval()(torch.zeros(1, *shape, device=device))
+        return int(counter.get_total_flops())
+    except Exception:
+        # Any failure of the model on real images is reported by the checks that follow; here the number is only missing.
+        return None
+    finally:
+        module.train(training)
+
+
+def _source_hash(path: str | None, fallback: str) -> str:
+    if path is None:
+        return fallback
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def _line(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__

@@ -1,0 +1,104 @@
+"""Shares with their intervals, and the worst case over attacks: pure functions over stored outcomes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from scipy.stats import binomtest  # type: ignore[import-untyped]
+
+from moebench.schema import BoolArray, Outcomes
+
+CONFIDENCE = 0.95
+
+
+@lru_cache(maxsize=4096)
+def wilson(k: int, n: int) -> tuple[float, float]:
+    """The 95 % Wilson interval of the share k/n.
+
+    Returns: (low, high), both in [0, 1], with low <= k/n <= high.
+
+    Raises:
+        ValueError: n is not positive, or k is not in [0, n].
+    """
+    if n <= 0 or not 0 <= k <= n:
+        raise ValueError(f"an interval needs 0 <= k <= n and n > 0, got k={k}, n={n}")
+    interval = binomtest(k, n).proportion_ci(confidence_level=CONFIDENCE, method="wilson")
+    return max(0.0, min(float(interval.low), k / n)), min(1.0, max(float(interval.high), k / n))
+
+
+def share(k: int, n: int) -> float | None:
+    """k/n, or None where there is nothing to count."""
+    return k / n if n > 0 else None
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A share of `n` > 0 samples, of which `k` count; with its 95 % Wilson interval."""
+
+    k: int
+    n: int
+
+    def __post_init__(self) -> None:
+        wilson(self.k, self.n)
+
+    @property
+    def value(self) -> float:
+        """The fraction k/n."""
+        return self.k / self.n
+
+    @property
+    def low(self) -> float:
+        """The lower end of the interval."""
+        return wilson(self.k, self.n)[0]
+
+    @property
+    def high(self) -> float:
+        """The upper end of the interval."""
+        return wilson(self.k, self.n)[1]
+
+
+def measure(hits: BoolArray) -> Measure | None:
+    """The share of true entries of a (n,) array; None for an empty one."""
+    return Measure(int(np.count_nonzero(hits)), int(hits.size)) if hits.size else None
+
+
+def from_accuracy(accuracy: float, n: int) -> Measure | None:
+    """The measure behind a stored fraction of n samples; None where n is 0 or the fraction is undefined."""
+    if n <= 0 or not np.isfinite(accuracy):
+        return None
+    return Measure(min(n, max(0, round(accuracy * n))), n)
+
+
+def standing(outcomes: Outcomes) -> BoolArray:
+    """Which samples one attack leaves right, (n,), in the order of `outcomes.index`."""
+    return np.logical_not(outcomes.broken)
+
+
+def worst_case(outcomes: Sequence[Outcomes]) -> BoolArray:
+    """Which samples no attack breaks, (n,), in the order of the shared index.
+
+    Args:
+        outcomes: cells of one checkpoint on one protocol; each must cover the same samples.
+
+    Raises:
+        ValueError: there is no cell, or the cells cover different samples.
+    """
+    if not outcomes:
+        raise ValueError("the worst case over attacks needs at least one attack")
+    first = outcomes[0]
+    if any(not np.array_equal(first.index, other.index) for other in outcomes[1:]):
+        raise ValueError("the worst case over attacks needs attacks on the same samples; the indices differ")
+    left: BoolArray = np.logical_and.reduce([standing(one) for one in outcomes])
+    return left
+
+
+def first_breaker(outcomes: Outcomes) -> dict[str, int]:
+    """How many samples each stage of an attack broke; stages that broke none are not listed."""
+    counts: dict[str, int] = {}
+    for stage in outcomes.stage:
+        if stage:
+            counts[stage] = counts.get(stage, 0) + 1
+    return counts

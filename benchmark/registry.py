@@ -1,0 +1,190 @@
+"""One registry for models, attacks and data sets.
+
+A name is written once, as the first argument of the decorator that registers it. Names and their literal keyword
+arguments are read from the source by its syntax tree, so listing, looking up and suggesting names import nothing (torch
+takes seconds); the file that defines a name is imported when the name is used.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import importlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from moebench.errors import UsageError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Declaration:
+    """Where a name is declared, and the literal keyword arguments of its decorator."""
+
+    name: str
+    module: str
+    origin: str
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Registry(Generic[T]):
+    """Names of one kind of thing, found in the files of one package and in the entry points of one group.
+
+    Args:
+        kind: what a member is called in messages, such as "model".
+        package: the import name whose public modules declare members.
+        folder: the folder of that package.
+        decorator: the name of the decorator that declares a member.
+        group: entry-point group through which other packages add members; the entry point's value is a module.
+    """
+
+    def __init__(self, kind: str, package: str, folder: Path, decorator: str, group: str | None = None) -> None:
+        self.kind = kind
+        self._package = package
+        self._folder = folder
+        self._decorator = decorator
+        self._group = group
+        self._members: dict[str, T] = {}
+        self._origins: dict[str, str] = {}
+        self._declared: dict[str, Declaration] | None = None
+
+    def register(self, name: str, origin: str, member: T) -> None:
+        """Adds a member.
+
+        Raises:
+            UsageError: the name is taken by a definition elsewhere.
+        """
+        if name in self._origins and self._origins[name] != origin:
+            raise UsageError(
+                f"{self.kind} {name!r} is registered twice, in {self._origins[name]} and in {origin}; rename one of them"
+            )
+        self._origins[name] = origin
+        self._members[name] = member
+
+    def names(self) -> list[str]:
+        return list(self._declarations())
+
+    def declarations(self) -> list[Declaration]:
+        return list(self._declarations().values())
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._declarations()
+
+    def get(self, name: str) -> T:
+        """The member of that name, its module imported.
+
+        Raises:
+            UsageError: nothing has that name; close matches are offered.
+        """
+        if name not in self._members:
+            declaration = self._declarations().get(name)
+            if declaration is None:
+                raise UsageError(self.unknown(name))
+            importlib.import_module(declaration.module)
+        if name not in self._members:
+            raise UsageError(f"{self.kind} {name!r} is announced by its package but {self._origin(name)} does not register it")
+        return self._members[name]
+
+    def unknown(self, name: str) -> str:
+        """The message for a wrong name."""
+        close = difflib.get_close_matches(name.lower(), self.names(), n=3, cutoff=0.5)
+        hint = f"did you mean {' or '.join(close)}? " if close else ""
+        return f"unknown {self.kind} {name!r}; {hint}`moebench list {self.kind.replace(' ', '')}s` shows all"
+
+    def _origin(self, name: str) -> str:
+        return self._declarations()[name].origin
+
+    def _declarations(self) -> dict[str, Declaration]:
+        if self._declared is None:
+            self._declared = {}
+            for declaration in (*self._scan(), *self._plugins()):
+                other = self._declared.get(declaration.name)
+                if other is not None:
+                    raise UsageError(
+                        f"{self.kind} {declaration.name!r} is declared twice, in {other.origin} and in {declaration.origin}; "
+                        "rename one of them"
+                    )
+                self._declared[declaration.name] = declaration
+        return self._declared
+
+    def _scan(self) -> Iterator[Declaration]:
+        for path in sorted(self._folder.glob("*.py")):
+            if not path.name.startswith("_"):
+                yield from scan(path, f"{self._package}.{path.stem}", self._decorator)
+
+    def _plugins(self) -> Iterator[Declaration]:
+        if self._group is None:
+            return
+        for point in entry_points(group=self._group):
+            yield Declaration(point.name, _module(point), f"entry point {point.value}", {"summary": f"from {_distribution(point)}"})
+
+
+def scan(path: Path, module: str, decorator: str) -> Iterator[Declaration]:
+    """The names that the decorator declares in a source file, in order, without importing it."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), str(path))):
+        for call in getattr(node, "decorator_list", ()):
+            if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == decorator):
+                continue
+            name = ast.literal_eval(call.args[0])
+            facts = {word.arg: ast.literal_eval(word.value) for word in call.keywords if word.arg and _literal(word.value)}
+            yield Declaration(name, module, f"{path.name}:{call.lineno}", facts)
+
+
+def _literal(node: ast.expr) -> bool:
+    try:
+        ast.literal_eval(node)
+    except (ValueError, TypeError, SyntaxError):
+        return False
+    return True
+
+
+def _module(point: EntryPoint) -> str:
+    return point.value.partition(":")[0].strip()
+
+
+def _distribution(point: EntryPoint) -> str:
+    return point.dist.name if point.dist is not None else point.value
+
+
+def decorator_for(registry: Callable[[], Registry[T]], wrap: Callable[..., T]) -> Callable[..., Any]:
+    """Builds the decorator that registers a definition under a name.
+
+    Args:
+        registry: gives the registry.
+        wrap: makes the member from (definition, name, keyword arguments of the decorator).
+    """
+
+    def declare(name: str, **facts: Any) -> Callable[[Any], Any]:
+        def keep(definition: Any) -> Any:
+            origin = f"{definition.__module__}.{definition.__qualname__}"
+            registry().register(name, origin, wrap(definition, name, facts))
+            return definition
+
+        return keep
+
+    return declare
+
+
+@cache
+def model_registry() -> Registry[Any]:
+    """All models; their names are known without importing torch."""
+    return _of_package("model", "moebench.models", "register_model")
+
+
+@cache
+def attack_registry() -> Registry[Any]:
+    """All attacks; their names are known without importing torch."""
+    return _of_package("attack", "moebench.attacks", "register_attack")
+
+
+def _of_package(kind: str, package: str, decorator: str) -> Registry[Any]:
+    spec = find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise ImportError(f"the package {package} is not installed completely")
+    return Registry(kind, package, Path(next(iter(spec.submodule_search_locations))), decorator, package)

@@ -1,0 +1,76 @@
+"""The report: leaderboards, model pages, LaTeX, CSV and JSON lines, rendered from the store alone.
+
+The same store gives the same bytes: nothing here asks for the time, the machine or the order of rows.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from pathlib import Path
+
+from moebench.errors import UsageError
+from moebench.report import exports, html, latex, tables
+from moebench.report.evidence import ReadableStore
+
+__all__ = ["ReadableStore", "render", "write_report"]
+
+OURS = (("models", "*.html", f'content="{html.GENERATOR}"'), ("tables", "*.tex", "% moebench:"))
+"""Folder, pattern and mark of the files that come and go with the rows of the store."""
+
+
+def render(store: ReadableStore) -> dict[str, str]:
+    """All files of the report as text, by their path inside the output folder."""
+    report = tables.build(store)
+    made = html.render(report)
+    made |= {f"tables/{name}": content for name, content in latex.render(report).items()}
+    made["data/leaderboard.csv"] = exports.leaderboard_csv(report.boards)
+    made["data/results.jsonl"] = exports.results_jsonl(store)
+    return made
+
+
+def write_report(store: ReadableStore, out: Path) -> list[Path]:
+    """Writes the report into a folder, each file in one step; files of an earlier report that are no more go.
+
+    Returns: the written files, sorted.
+
+    Raises:
+        UsageError: the folder cannot be made or written.
+    """
+    made = render(store)
+    try:
+        for name in sorted(made):
+            _write(out / name, made[name])
+        _remove_stale(out, set(made))
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UsageError(
+            f"cannot write the report to {str(out)!r}: {reason} ({error.filename or out}); "
+            "give a folder that can be written with --out"
+        ) from None
+    return [out / name for name in sorted(made)]
+
+
+def _write(path: Path, content: str) -> None:
+    """Replaces a file in one step, so that a reader sees the old one or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.draft")
+    try:
+        draft.write_text(content, encoding="utf-8", errors="backslashreplace", newline="\n")
+        os.replace(draft, path)
+    except BaseException:
+        with suppress(OSError):
+            draft.unlink(missing_ok=True)
+        raise
+
+
+def _remove_stale(out: Path, made: set[str]) -> None:
+    for folder, pattern, mark in OURS:
+        for path in sorted((out / folder).glob(pattern)):
+            if f"{folder}/{path.name}" not in made and path.is_file() and mark in _opening(path):
+                path.unlink()
+
+
+def _opening(path: Path) -> str:
+    with path.open("rb") as file:
+        return file.read(2000).decode("utf-8", "replace")

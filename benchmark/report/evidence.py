@@ -1,0 +1,113 @@
+"""What the report reads of a store, and how stored results are grouped, ordered and allowed into a table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from moebench.schema import Claim, Json, Outcomes, ProtocolRecord, StoredResult, StoredRun
+
+WHOLE = "whole"
+ENGINE, PRECISION = "native", "float32"
+
+ATTACK_ORDER = (
+    "fgsm",
+    "pgd-10",
+    "pgd-20",
+    "pgd-50",
+    "apgd-ce",
+    "apgd-dlr",
+    "apgd-t",
+    "fab-t",
+    "square",
+    "autoattack",
+    "moe-adaptive",
+)
+
+
+PRIVATE = frozenset({"host", "hostname", "node", "pid", "process", "user", "username", "cwd"})
+"""Facts about whose machine ran; of use in the store, of none to a reader."""
+
+
+class ReadableStore(Protocol):
+    """What the report reads of a store."""
+
+    def results(self, *, newest_only: bool = True) -> Sequence[StoredResult]:
+        """Finished cells; without `newest_only` also those that a later one replaces."""
+
+    def outcomes(self, result_id: int, /) -> Outcomes:
+        """The per-sample evidence of one of them."""
+
+    def claims(self) -> Sequence[Claim]:
+        """The published numbers."""
+
+    def runs(self) -> Sequence[StoredRun]:
+        """All runs, failed ones too."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """A finished cell with its per-sample outcomes."""
+
+    stored: StoredResult
+    outcomes: Outcomes
+
+    @property
+    def attack(self) -> str:
+        """The attack's name."""
+        return self.stored.cell.attack
+
+    @property
+    def view(self) -> str:
+        """What of the model the attack saw."""
+        return self.stored.cell.view
+
+
+def group_key(protocol: ProtocolRecord) -> tuple[Any, ...]:
+    """What two numbers must share to be ranked together; sorts boards, larger sample sets first."""
+    threat = protocol.threat
+    return (
+        protocol.dataset,
+        protocol.split,
+        threat.norm,
+        threat.eps,
+        threat.lower,
+        threat.upper,
+        -protocol.n,
+        protocol.version,
+        protocol.data_sha256,
+    )
+
+
+def result_key(stored: StoredResult) -> tuple[Any, ...]:
+    """Orders results by what they are, and only then by when they were made."""
+    cell = stored.cell
+    where = (stored.model.name, *group_key(stored.protocol), stored.checkpoint.sha256)
+    return (*where, cell.view != WHOLE, cell.view, attack_key(cell.attack), cell.engine, cell.seed, stored.result_id)
+
+
+def attack_key(attack: str) -> tuple[int, str]:
+    """Weak to strong as the papers list them; others after them by name."""
+    return (ATTACK_ORDER.index(attack) if attack in ATTACK_ORDER else len(ATTACK_ORDER), attack)
+
+
+def eligible(stored: StoredResult) -> bool:
+    """Whether a result may enter a table: other engines and precisions are shown on model pages only."""
+    return stored.cell.engine == ENGINE and stored.cell.precision == PRECISION
+
+
+def newest(results: Iterable[StoredResult]) -> StoredResult:
+    """The result that was finished last."""
+    return max(results, key=lambda stored: (stored.finished_at, stored.result_id))
+
+
+def public(environment: Json) -> dict[str, Any]:
+    """An environment without the facts that identify a machine or its user."""
+    return {key: value for key, value in environment.items() if key.lower() not in PRIVATE}
+
+
+def names(cells: Sequence[Evidence]) -> str:
+    """The attacks behind a number in words, such as "autoattack, pgd-50 on experts"."""
+    pairs = sorted({(one.view != WHOLE, one.view, attack_key(one.attack)) for one in cells})
+    return ", ".join(attack if view == WHOLE else f"{attack} on {view}" for _, view, (_, attack) in pairs)

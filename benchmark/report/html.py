@@ -1,0 +1,88 @@
+"""The pages: a Jinja environment that escapes everything, and the few filters that write numbers."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import re
+from importlib.resources import files
+from urllib.parse import quote
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from moebench.report import text
+from moebench.report.evidence import public
+from moebench.report.tables import COMPONENTS, Report, flatten, plain
+from moebench.schema import format_eps
+
+ASSETS = files("moebench") / "templates" / "assets"
+GENERATOR = "moebench report"
+
+
+def asset(name: str) -> str:
+    """The text of a file that ships beside the templates."""
+    return ASSETS.joinpath(name).read_text(encoding="utf-8")
+
+
+def script() -> str:
+    """What the pages run: the sorting library with its licence, and the lines that switch it on."""
+    return f"\n/* tablesort\n{asset('tablesort.LICENCE')}*/\n{asset('tablesort.min.js')}\n{asset('report.js')}"
+
+
+def content_hash(content: str) -> str:
+    """The source expression that lets a page's security policy admit exactly this content."""
+    return "sha256-" + base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+
+
+def arxiv_url(identifier: str | None) -> str | None:
+    """The abstract's address, or None for what is no arXiv identifier."""
+    if identifier is None or not re.fullmatch(r"\d{4}\.\d{4,5}(v\d+)?|[a-z-]+(\.[A-Z]{2})?/\d{7}", identifier):
+        return None
+    return f"https://arxiv.org/abs/{identifier}"
+
+
+def environment() -> Environment:
+    """Strict templates: everything is escaped, and a name that does not exist is an error."""
+    made = Environment(
+        loader=PackageLoader("moebench", "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    style, code = f"\n{asset('report.css')}", script()
+    made.filters.update(
+        percent=text.percent,
+        decimal=text.decimal,
+        sortable=text.sortable,
+        quantity=text.quantity,
+        seconds=text.seconds,
+        flatten=flatten,
+        plain=plain,
+        public=public,
+        href=quote,
+        eps=format_eps,
+        arxiv=arxiv_url,
+    )
+    made.globals.update(
+        style=Markup(style),
+        script=Markup(code),
+        style_hash=content_hash(style),
+        script_hash=content_hash(code),
+        generator=GENERATOR,
+        components=COMPONENTS,
+    )
+    return made
+
+
+def render(report: Report) -> dict[str, str]:
+    """The pages of a report by path."""
+    templates = environment()
+    pages = {
+        "index.html": templates.get_template("leaderboard.html").render(report=report, root=""),
+        "method.html": templates.get_template("method.html").render(report=report, root=""),
+    }
+    model = templates.get_template("model.html")
+    return pages | {f"models/{page.page}": model.render(page=page, root="../") for page in report.models}

@@ -1,0 +1,355 @@
+"""From stored rows to ranked rows: all the arithmetic of the report, and none of its formatting."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from moebench.metrics import Measure, first_breaker, from_accuracy, measure, worst_case
+from moebench.report.claims import ClaimRange, ClaimRow, claim_key, compare, headline_ranges, is_headline
+from moebench.report.evidence import (
+    WHOLE,
+    Evidence,
+    ReadableStore,
+    attack_key,
+    eligible,
+    group_key,
+    names,
+    newest,
+    result_key,
+)
+from moebench.report.text import digest, percent, slug
+from moebench.schema import CheckpointRecord, Claim, ModelRecord, ProtocolRecord, StoredResult, StoredRun
+
+RANKING_ATTACK = "autoattack"
+OVERSTATED = "over-stated RA"
+COMPONENTS: tuple[tuple[str, str], ...] = (
+    ("RA-E", "experts"),
+    ("RA-R", "router"),
+    ("RA-SMoE", "standard"),
+    ("RA-RMoE", "robust"),
+)
+
+State = Literal["measured", "n/a", "missing"]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One number of a leaderboard. `why` says what it is made from, or why there is none."""
+
+    state: State
+    measure: Measure | None
+    why: str
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A reason to distrust a row, as a short code and in words."""
+
+    code: str
+    words: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """One checkpoint of one model on one leaderboard; `attacks` goes with the board's `attacks`."""
+
+    model: ModelRecord
+    page: str
+    checkpoint: CheckpointRecord
+    label: str
+    rank: int | None
+    unranked: str | None
+    worst: Cell
+    sa: Cell
+    ra: Cell
+    attacks: tuple[Cell, ...]
+    components: tuple[Cell, ...]
+    claims: tuple[Claim, ...]
+    claim_ranges: tuple[ClaimRange, ...]
+    marks: tuple[Mark, ...]
+
+    @property
+    def overstated(self) -> bool:
+        """Whether an attack on a part of the model undercuts RA."""
+        return any(mark.code == OVERSTATED for mark in self.marks)
+
+
+@dataclass(frozen=True)
+class Board:
+    """The leaderboard of one data set, sample set, threat model and protocol version."""
+
+    protocol: ProtocolRecord
+    anchor: str
+    attacks: tuple[str, ...]
+    suites: tuple[str, ...]
+    ranked: tuple[Row, ...]
+    unranked: tuple[Row, ...]
+    left_out: int
+
+    @property
+    def rows(self) -> tuple[Row, ...]:
+        """Ranked rows, then the others."""
+        return self.ranked + self.unranked
+
+
+@dataclass(frozen=True)
+class ResultRow:
+    """A finished cell on a model's page; `number` is that of the command which made it."""
+
+    stored: StoredResult
+    measure: Measure | None
+    number: int
+    listed: bool
+    stages: tuple[tuple[str, int], ...]
+
+
+@dataclass(frozen=True)
+class ModelPage:
+    """All that the store knows of one model."""
+
+    model: ModelRecord
+    page: str
+    checkpoints: tuple[CheckpointRecord, ...]
+    standings: tuple[tuple[Board, Row], ...]
+    claims: tuple[ClaimRow, ...]
+    results: tuple[ResultRow, ...]
+    commands: tuple[str, ...]
+    failed: tuple[StoredRun, ...]
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything that the pages and tables show, in the order in which they show it."""
+
+    boards: tuple[Board, ...]
+    models: tuple[ModelPage, ...]
+    claims: tuple[Claim, ...]
+
+
+def build(store: ReadableStore) -> Report:
+    """Reads the store once and ranks what it holds."""
+    results = sorted(store.results(newest_only=True), key=result_key)
+    claims = tuple(sorted(store.claims(), key=claim_key))
+    runs = sorted(store.runs(), key=lambda run: (run.started_at, run.run_id))
+    evidence = [Evidence(stored, store.outcomes(stored.result_id)) for stored in results]
+    groups: dict[tuple[Any, ...], list[Evidence]] = {}
+    for one in evidence:
+        groups.setdefault(group_key(one.stored.protocol), []).append(one)
+    boards = tuple(_board(groups[key], claims, runs) for key in sorted(groups))
+    models = sorted({one.stored.model.name for one in evidence} | {run.model.name for run in runs})
+    return Report(boards, tuple(_page(name, boards, evidence, claims, runs) for name in models), claims)
+
+
+def _board(group: Sequence[Evidence], claims: Sequence[Claim], runs: Sequence[StoredRun]) -> Board:
+    protocol = newest(one.stored for one in group).protocol
+    kept = [one for one in group if eligible(one.stored)]
+    attacks = sorted({one.attack for one in kept if one.view == WHOLE}, key=attack_key)
+    checkpoints: dict[tuple[str, str], list[Evidence]] = {}
+    for one in kept:
+        checkpoints.setdefault((one.stored.model.name, one.stored.checkpoint.sha256), []).append(one)
+    models = [name for name, _ in checkpoints]
+    rows = sorted(
+        (_row(cells, attacks, models.count(key[0]) > 1, claims, runs) for key, cells in checkpoints.items()),
+        key=_rank_key,
+    )
+    ranked = [row for row in rows if row.unranked is None]
+    return Board(
+        protocol=protocol,
+        anchor=f"{slug(protocol.dataset)}-{digest(repr(group_key(protocol)))}",
+        attacks=tuple(attacks),
+        suites=tuple(sorted({one.stored.cell.suite for one in kept})),
+        ranked=tuple(replace(row, rank=_rank(row, ranked)) for row in ranked),
+        unranked=tuple(row for row in rows if row.unranked is not None),
+        left_out=len(group) - len(kept),
+    )
+
+
+def _rank_key(row: Row) -> tuple[Any, ...]:
+    return (*(-_value(cell) for cell in (row.worst, row.ra, row.sa)), row.model.name, row.checkpoint.sha256)
+
+
+def _rank(row: Row, ranked: Sequence[Row]) -> int:
+    """Equal RA-worst, equal rank; the next rank counts all rows above it."""
+    return 1 + sum(_value(other.worst) > _value(row.worst) for other in ranked)
+
+
+def _value(cell: Cell) -> float:
+    return cell.measure.value if cell.measure is not None else -1.0
+
+
+def _row(
+    cells: Sequence[Evidence],
+    attacks: Sequence[str],
+    several: bool,
+    claims: Sequence[Claim],
+    runs: Sequence[StoredRun],
+) -> Row:
+    """One checkpoint's numbers; `several` says that the board has more than one of this model."""
+    last = newest(one.stored for one in cells)
+    model = last.model
+    whole = [one for one in cells if one.view == WHOLE]
+    own = [claim for claim in claims if claim.registry_name == model.name]
+    judged = any(one.attack == RANKING_ATTACK for one in whole)
+    return Row(
+        model=model,
+        page=page_name(model.name),
+        checkpoint=last.checkpoint,
+        label=f"{model.name} · {last.checkpoint.sha256[:8]}" if several else model.name,
+        rank=None,
+        unranked=None if judged else f"{RANKING_ATTACK} has not been run on the whole model",
+        worst=_standing(cells, "no attack has been run"),
+        sa=_clean(last),
+        ra=_standing(whole, "no attack on the whole model has been run"),
+        attacks=tuple(
+            _standing([one for one in whole if one.attack == attack], f"{attack} has not been run")
+            for attack in attacks
+        ),
+        components=tuple(_component(model, cells, view) for _, view in COMPONENTS),
+        claims=tuple(filter(is_headline, own)),
+        claim_ranges=headline_ranges(own, last.protocol.dataset),
+        marks=_marks(cells, runs),
+    )
+
+
+def page_name(name: str) -> str:
+    """The file of a model's page, inside the folder of pages."""
+    return f"{slug(name)}.html"
+
+
+def _clean(stored: StoredResult) -> Cell:
+    found = from_accuracy(stored.record.clean_accuracy, stored.record.n)
+    if found is None:
+        return Cell("missing", None, "not measured: the clean accuracy is unknown")
+    return Cell("measured", found, f"{found.k} of {found.n} unperturbed samples are right")
+
+
+def _standing(cells: Sequence[Evidence], missing: str) -> Cell:
+    found = measure(worst_case([one.outcomes for one in cells])) if cells else None
+    if found is None:
+        return Cell("missing", None, f"not measured: {missing}")
+    return Cell("measured", found, f"{found.k} of {found.n} samples stand after {names(cells)}")
+
+
+def _component(model: ModelRecord, cells: Sequence[Evidence], view: str) -> Cell:
+    on_view = [one for one in cells if one.view == view]
+    reason = None if on_view else not_applicable(model.family, view)
+    if reason is not None:
+        return Cell("n/a", None, f"not applicable: {reason}")
+    return _standing(on_view, f"no attack on the view {view!r} has been run")
+
+
+def not_applicable(family: str, view: str) -> str | None:
+    """Why a family of models has no such view; None where it has one, or where that is not known."""
+    if view in ("standard", "robust") and family in ("dense", "ensemble", "moe"):
+        return f"only a dual model has a {view} half"
+    if view in ("experts", "router") and family == "dense":
+        return "a dense model has neither experts nor a router"
+    if view in ("experts", "router") and family == "ensemble":
+        return "an ensemble has no router, so experts and routing cannot be attacked apart"
+    return None
+
+
+def _marks(cells: Sequence[Evidence], runs: Sequence[StoredRun]) -> tuple[Mark, ...]:
+    stored = cells[0].stored
+    where = (stored.model.name, stored.checkpoint.sha256, group_key(stored.protocol))
+    found = {*overstated(cells), *_clean_differs(cells)}
+    for run in runs:
+        if (run.model.name, run.checkpoint.sha256, group_key(run.protocol)) == where:
+            found.update(Mark(flag.code, flag.evidence) for flag in run.flags)
+    return tuple(sorted(found, key=lambda mark: (mark.code, mark.words)))
+
+
+def overstated(cells: Sequence[Evidence]) -> list[Mark]:
+    """One mark for each view whose attacks leave fewer samples standing than all attacks on the whole model together.
+
+    Every attack is judged on the whole model, so such a view proves that the attacks on the whole model were too weak.
+    """
+    whole = [one for one in cells if one.view == WHOLE]
+    stated = measure(worst_case([one.outcomes for one in whole])) if whole else None
+    if stated is None:
+        return []
+    marks = []
+    for view in sorted({one.view for one in cells} - {WHOLE}):
+        on_view = [one for one in cells if one.view == view]
+        left = measure(worst_case([one.outcomes for one in on_view]))
+        if left is not None and left.k < stated.k:
+            words = (
+                f"{names(on_view)} leaves {_in_words(left)} standing, fewer than the {_in_words(stated)} "
+                f"that all attacks on the whole model together leave ({names(whole)})"
+            )
+            marks.append(Mark(OVERSTATED, words))
+    return marks
+
+
+def _in_words(found: Measure) -> str:
+    return f"{found.k} of {found.n} samples ({percent(found.value, found.n)} %)"
+
+
+def _clean_differs(cells: Sequence[Evidence]) -> list[Mark]:
+    found = [from_accuracy(one.stored.record.clean_accuracy, one.stored.record.n) for one in cells]
+    seen = sorted({one for one in found if one is not None}, key=lambda one: (one.value, one.n))
+    if len(seen) < 2:
+        return []
+    words = f"{_in_words(seen[0])} and {_in_words(seen[-1])}"
+    return [Mark("clean accuracy varies", f"the same weights on the same data were right on {words} in two results")]
+
+
+def _page(
+    name: str,
+    boards: Sequence[Board],
+    evidence: Sequence[Evidence],
+    claims: Sequence[Claim],
+    runs: Sequence[StoredRun],
+) -> ModelPage:
+    own = [one for one in evidence if one.stored.model.name == name]
+    own_runs = [run for run in runs if run.model.name == name]
+    commands = tuple(dict.fromkeys(one.stored.command for one in own))
+    checkpoints = {run.checkpoint.sha256: run.checkpoint for run in own_runs}
+    checkpoints |= {one.stored.checkpoint.sha256: one.stored.checkpoint for one in own}
+    return ModelPage(
+        model=newest(one.stored for one in own).model if own else own_runs[-1].model,
+        page=page_name(name),
+        checkpoints=tuple(checkpoints[sha] for sha in sorted(checkpoints)),
+        standings=tuple((board, row) for board in boards for row in board.rows if row.model.name == name),
+        claims=tuple(compare(claim, own) for claim in claims if claim.registry_name == name),
+        results=tuple(_result_row(one, commands) for one in own),
+        commands=commands,
+        failed=tuple(run for run in own_runs if run.status == "failed"),
+    )
+
+
+def _result_row(one: Evidence, commands: Sequence[str]) -> ResultRow:
+    broke = first_breaker(one.outcomes)
+    order = dict.fromkeys([*one.stored.record.stages, *sorted(broke)])
+    return ResultRow(
+        stored=one.stored,
+        measure=measure(worst_case([one.outcomes])),
+        number=1 + commands.index(one.stored.command),
+        listed=eligible(one.stored),
+        stages=tuple((stage, broke.get(stage, 0)) for stage in order),
+    )
+
+
+def flatten(record: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """A nested mapping as sorted ("a.b", "value") pairs, for printing."""
+    pairs: list[tuple[str, str]] = []
+    for key in sorted(record, key=str):
+        value = record[key]
+        if isinstance(value, Mapping):
+            pairs.extend(flatten(value, f"{prefix}{key}."))
+        elif isinstance(value, (list, tuple)):
+            pairs.append((f"{prefix}{key}", ", ".join(plain(item) for item in value) or "—"))
+        else:
+            pairs.append((f"{prefix}{key}", plain(value)))
+    return pairs
+
+
+def plain(value: Any) -> str:
+    """A JSON value as a reader expects it."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if value is None:
+        return "—"
+    return f"{value:.6g}" if isinstance(value, float) else str(value)

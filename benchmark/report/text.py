@@ -1,0 +1,79 @@
+"""How numbers, names and moments are written; shared by the pages, the LaTeX tables and the CSV."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+import unicodedata
+
+RESERVED = frozenset({"con", "prn", "aux", "nul", *(f"{port}{i}" for port in ("com", "lpt") for i in range(1, 10))})
+MAX_SLUG = 60
+
+
+def percent(value: float, n: int) -> str:
+    """A fraction of n samples in percent: one decimal, two from a thousand samples on; a dash for NaN."""
+    if not math.isfinite(value):
+        return "—"
+    return f"{100 * value:.{2 if n >= 1000 else 1}f}"
+
+
+def decimal(value: float) -> str:
+    """Three decimals; a dash for NaN."""
+    return f"{value:.3f}" if math.isfinite(value) else "—"
+
+
+def sortable(value: int | float | None) -> str:
+    """A number as the sorting script reads it; empty where there is none."""
+    return "" if value is None or not math.isfinite(value) else repr(value)
+
+
+def quantity(value: int | float | None) -> str:
+    """A count with an SI prefix and three significant digits, such as "11.2 M"; a dash for None."""
+    if value is None:
+        return "—"
+    for size, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size * 0.9995:
+            return f"{_three(value / size)} {prefix}"
+    return f"{value:g}" if isinstance(value, int) else _three(value)
+
+
+def _three(value: float) -> str:
+    decimals = 2 if abs(value) < 9.995 else 1 if abs(value) < 99.95 else 0
+    return f"{value:.{decimals}f}"
+
+
+def seconds(value: float | None) -> str:
+    """A duration: "0.42 s", "1 min 05 s", "2 h 10 min"; a dash for None."""
+    if value is None:
+        return "—"
+    if value < 60:
+        return f"{value:.2f} s" if value < 10 else f"{value:.0f} s"
+    whole = round(value)
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def digest(text: str, length: int = 8) -> str:
+    """The first hexadecimal digits of a text's SHA-256."""
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:length]
+
+
+def fold(name: str) -> str:
+    """A readable file name in lower-case ASCII; unlike names may fold to one."""
+    folded = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode().lower()
+    safe = re.sub(r"[^a-z0-9._-]+", "-", folded).strip("-._")[:MAX_SLUG].strip("-._")
+    return f"{safe}-data" if safe.split(".")[0] in RESERVED else safe
+
+
+def slug(name: str) -> str:
+    """A file name that every system accepts; unlike names get unlike ones.
+
+    A name that is safe as it stands is kept. Any other is folded and gets a hash of the original, so that neither a
+    case-insensitive disk nor the folding makes two names one.
+    """
+    safe = fold(name)
+    if safe and safe == name:
+        return safe
+    return f"{safe}-{digest(name)}" if safe else digest(name, 12)

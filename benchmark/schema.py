@@ -1,0 +1,339 @@
+"""The records that cross module borders: frozen, and no behaviour beyond validation.
+
+Accuracies are fractions, times are seconds, eps is in units of the [0, 1] pixel scale. Nothing here imports torch, so
+that the command line can list and parse without waiting for it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any, Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moebench.errors import UsageError
+
+Norm = Literal["Linf", "L2"]
+Json = Mapping[str, Any]
+IntArray = NDArray[np.int64]
+BoolArray = NDArray[np.bool_]
+
+PROTOCOL_VERSION = "1"
+"""Version of the evaluation rules. Numbers of different versions are never ranked together."""
+
+SUITE_VERSION = "v1"
+"""Version of the attack definitions that `moebench list attacks` prints."""
+
+NORMS: tuple[Norm, ...] = get_args(Norm)
+
+VIEWS = ("whole", "router", "experts", "smooth", "straight-through", "standard", "robust")
+"""Views by name; `expert[i]` and `expert[LAYER:i]` come on top."""
+
+EXPERT_VIEW = re.compile(r"expert\[(?:(?P<layer>[\w.]+):)?(?P<number>\d+)\]")
+
+
+def parse_eps(text: str) -> float:
+    """The perturbation radius written as a decimal or a fraction ("0.03", "8/255").
+
+    Raises:
+        UsageError: the text is no number, or the number is not finite and positive.
+    """
+    wanted = f"eps must be a positive number such as 8/255 or 0.03, got {text!r}"
+    try:
+        value = float(Fraction(text.strip())) if "/" in text else float(text)
+    except (ValueError, ZeroDivisionError, OverflowError):
+        raise UsageError(wanted) from None
+    if not math.isfinite(value) or value <= 0:
+        raise UsageError(wanted)
+    return value
+
+
+def format_eps(eps: float) -> str:
+    """A radius as people write it: a short decimal if it is one, "8/255" if it is a whole number of grey levels."""
+    levels = eps * 255
+    if round(eps, 3) != eps and levels >= 0.5 and math.isclose(levels, round(levels), rel_tol=1e-9):
+        return f"{round(levels)}/255"
+    return f"{eps:.6g}"
+
+
+def check_view_name(name: str) -> None:
+    """Refuses a view name that no model could have.
+
+    Raises:
+        UsageError: unknown name; the nearest one is offered.
+    """
+    if name in VIEWS or EXPERT_VIEW.fullmatch(name):
+        return
+    close = difflib.get_close_matches(name, [*VIEWS, "expert[0]"], n=1, cutoff=0.5)
+    hint = f"; did you mean {close[0]}?" if close else ""
+    raise UsageError(f"unknown view {name!r}{hint} (views: {', '.join(VIEWS)}, expert[i])")
+
+
+@dataclass(frozen=True)
+class ThreatModel:
+    """All perturbations with `norm(x_adv - x) <= eps` and `lower <= x_adv <= upper`.
+
+    eps = 0 is allowed (the clean accuracy must come out); the command line asks for a positive radius.
+    """
+
+    norm: Norm
+    eps: float
+    lower: float = 0.0
+    upper: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.norm not in NORMS:
+            raise UsageError(f"unknown norm {self.norm!r}; choose one of {', '.join(NORMS)}")
+        if not math.isfinite(self.eps) or self.eps < 0:
+            raise UsageError(f"eps must be finite and not negative, got {self.eps}")
+        if self.norm == "Linf" and self.eps > self.upper - self.lower:
+            raise UsageError(
+                f"eps must be at most {self.upper - self.lower:g} for Linf on [0, 1] images, got {self.eps:g}; "
+                "write 8/255 for eight grey levels"
+            )
+
+    def __str__(self) -> str:
+        return f"{self.norm} {format_eps(self.eps)}"
+
+
+@dataclass(frozen=True)
+class PaperCard:
+    """The paper behind a model or an attack. `bibtex_key` names its entry in the bundled bibliography text `bibtex`."""
+
+    title: str
+    authors: str
+    venue: str
+    year: int
+    arxiv: str | None
+    bibtex: str
+
+    @property
+    def bibtex_key(self) -> str:
+        return self.bibtex.split("{", 1)[1].split(",", 1)[0]
+
+
+@dataclass(frozen=True)
+class ModelRecord:
+    """What the store knows of a model. `family` is "dense", "ensemble", "moe", "dual" or "external"."""
+
+    name: str
+    family: str
+    summary: str
+    training: str | None = None
+    routing: str | None = None
+    paper: PaperCard | None = None
+
+
+@dataclass(frozen=True)
+class CheckpointRecord:
+    """One set of weights. `sha256` is of the safetensors file, or of the state dict for a user's own model.
+
+    `parameters` counts all weights, `active_parameters` those that one sample uses, `flops` is per sample.
+    """
+
+    sha256: str
+    model: str
+    dataset: str | None
+    origin: str
+    parameters: int
+    active_parameters: int | None
+    flops: int | None
+    recipe: Json = field(default_factory=dict)
+    training_log: Sequence[Json] = ()
+
+
+@dataclass(frozen=True)
+class ProtocolRecord:
+    """On what a number was measured: the data (by hash), the threat model and the version of the rules.
+
+    `data_sha256` covers images and labels of the n samples that were used, in order.
+    """
+
+    dataset: str
+    split: str
+    data_sha256: str
+    n: int
+    num_classes: int
+    class_names: tuple[str, ...]
+    threat: ThreatModel
+    version: str = PROTOCOL_VERSION
+
+
+@dataclass(frozen=True)
+class CellSpec:
+    """One attack on one view: the unit of work, of reuse and of resuming.
+
+    `parameters` holds every setting of the attack, defaults included. `fingerprint` hashes weights, model code version,
+    data, threat model, attack, view, seed, engine and protocol version.
+    """
+
+    fingerprint: str
+    attack: str
+    parameters: Json
+    view: str
+    seed: int
+    engine: str = "native"
+    precision: str = "float32"
+    suite: str = SUITE_VERSION
+
+
+@dataclass(frozen=True)
+class RunStart:
+    """What is known of a run before it works. `environment` holds versions, device, git commit, host and process."""
+
+    run_id: str
+    fingerprint: str
+    command: str
+    model: ModelRecord
+    checkpoint: CheckpointRecord
+    protocol: ProtocolRecord
+    environment: Json
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Finished samples of one stage of a cell; committed in one transaction, so that a killed run resumes after it.
+
+    All arrays are (m,) and belong together by position. `index` is the sample's number in the protocol's data.
+    `broken` says that an adversarial example inside the threat model changed the prediction of the whole model away from
+    the label (or that the clean prediction was wrong already); `adv_pred` is the prediction on it. `distance` is the norm of
+    the perturbation (0 for a sample that was wrong from the start). `forwards` and `backwards` count passes per sample.
+    `extras` holds further per-sample arrays by name, (m, …), such as the routing on the attacked images; empty for a
+    model without routing.
+    """
+
+    stage: str
+    index: IntArray
+    broken: BoolArray
+    clean_pred: IntArray
+    adv_pred: IntArray
+    distance: NDArray[np.float32]
+    forwards: IntArray
+    backwards: IntArray
+    seconds: float
+    extras: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return int(self.index.size)
+
+
+@dataclass(frozen=True)
+class RoutingLayer:
+    """Routing of one MoE layer on clean and on attacked images of a cell.
+
+    `iou` is the mean intersection over union of the selected experts; `changed` the share of samples whose set of selected
+    experts changed; entropies are of the router's softmax, in nats; loads are the shares of routing weight per expert, and
+    `moves[i][j]` counts samples whose first expert went from i to j.
+    """
+
+    name: str
+    iou: float
+    changed: float
+    entropy_clean: float
+    entropy_adv: float
+    load_clean: tuple[float, ...]
+    load_adv: tuple[float, ...]
+    moves: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class ResultRecord:
+    """The aggregate of a finished cell. `accuracy` is the share of samples that this attack on this view leaves right."""
+
+    attack: str
+    view: str
+    accuracy: float
+    ci_low: float
+    ci_high: float
+    n: int
+    seconds: float
+    forwards: int
+    backwards: int
+    clean_accuracy: float
+    changed_predictions: float
+    routing: tuple[RoutingLayer, ...] = ()
+    stages: Json = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Flag:
+    """A reason to distrust a number: a short code, and the evidence in words."""
+
+    code: str
+    evidence: str
+
+
+@dataclass(frozen=True)
+class Outcomes:
+    """Per-sample evidence of a finished cell, merged over its stages and sorted by `index`; all arrays are (n,).
+
+    `stage` names, per sample, the stage that broke it ("" for a sample that stands or was wrong from the start).
+    """
+
+    index: IntArray
+    broken: BoolArray
+    clean_pred: IntArray
+    adv_pred: IntArray
+    distance: NDArray[np.float32]
+    forwards: IntArray
+    backwards: IntArray
+    stage: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class StoredResult:
+    """A finished cell as the store gives it back, with all it needs to be printed, ranked and repeated."""
+
+    result_id: int
+    run_id: str
+    command: str
+    finished_at: str
+    cell: CellSpec
+    record: ResultRecord
+    model: ModelRecord
+    checkpoint: CheckpointRecord
+    protocol: ProtocolRecord
+    environment: Json
+
+
+@dataclass(frozen=True)
+class StoredRun:
+    """One command's run. `status` is "running", "done" or "failed"; `reused` counts results taken from earlier runs."""
+
+    run_id: str
+    status: str
+    command: str
+    started_at: str
+    finished_at: str | None
+    seconds: float | None
+    error: str | None
+    model: ModelRecord
+    checkpoint: CheckpointRecord
+    protocol: ProtocolRecord
+    environment: Json
+    results: tuple[StoredResult, ...]
+    flags: tuple[Flag, ...]
+    reused: int
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A published number, never ours: a percentage with its source and, after "FLAG:", why it may not add up."""
+
+    arxiv: str
+    model: str
+    registry_name: str
+    dataset: str
+    architecture: str
+    attack: str
+    attack_params: str
+    metric: str
+    value: float
+    source: str
+    flag: str | None

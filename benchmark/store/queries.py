@@ -1,0 +1,142 @@
+"""The queries and checks behind the methods of the store."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+from typing import TypeVar
+
+from sqlalchemy import Select, select, text
+from sqlalchemy.orm import Session, selectinload
+
+from moebench.errors import RunError, UsageError
+from moebench.schema import Chunk, StoredResult
+from moebench.store import packing, records
+from moebench.store.orm import CheckpointRow, ChunkRow, ModelRow, ProtocolRow, ResultRow, RunResultRow, RunRow
+from moebench.store.owner import is_busy
+
+Shared = TypeVar("Shared", ModelRow, CheckpointRow, ProtocolRow)
+
+
+def now() -> str:
+    """The time as the tables hold it: ISO 8601 in UTC, of fixed width."""
+    return datetime.now(UTC).isoformat(timespec="microseconds")
+
+
+def finished() -> Select[ResultRow]:
+    """The finished results, newest first."""
+    return (
+        select(ResultRow).where(ResultRow.status == "done").order_by(ResultRow.finished_at.desc(), ResultRow.id.desc())
+    )
+
+
+def all_runs() -> Select[RunRow]:
+    """The runs, oldest first, with their results."""
+    return select(RunRow).order_by(RunRow.id).options(selectinload(RunRow.links).joinedload(RunResultRow.result))
+
+
+def shared(session: Session, row: Shared) -> Shared:
+    """The row of the same content if there is one, else the given row, added."""
+    kind = type(row)
+    known = session.scalars(select(kind).where(kind.digest == row.digest)).one_or_none()
+    if known is not None:
+        return known
+    session.add(row)
+    return row
+
+
+def abandoned(session: Session, run: RunRow, fingerprint: str) -> ResultRow | None:
+    """The newest unfinished result of a cell that nobody works on any more."""
+    query = (
+        select(ResultRow)
+        .where(ResultRow.status == "running", ResultRow.fingerprint == fingerprint)
+        .order_by(ResultRow.id.desc())
+    )
+    many_machines = session.get_bind().dialect.name != "sqlite"
+    for row in session.scalars(query):
+        owner = row.run
+        if owner.status != "running" or not is_busy(
+            owner.environment, run.environment, row.touched_at, shared=many_machines
+        ):
+            return row
+    return None
+
+
+def chunks(row: ResultRow) -> list[Chunk]:
+    """The chunks of a result in the order of their commits."""
+    return [_chunk(chunk) for chunk in row.chunks]
+
+
+def stage_chunks(session: Session, result_id: int, stage: str) -> list[Chunk]:
+    """The chunks of one stage of a result."""
+    query = select(ChunkRow).where(ChunkRow.result_id == result_id, ChunkRow.stage == stage)
+    return [_chunk(chunk) for chunk in session.scalars(query)]
+
+
+def newest(found: Sequence[StoredResult]) -> list[StoredResult]:
+    """The first result of each fingerprint."""
+    first: dict[str, StoredResult] = {}
+    for result in found:
+        first.setdefault(result.cell.fingerprint, result)
+    return list(first.values())
+
+
+def place(result: StoredResult) -> tuple[str, ...]:
+    """Where a result stands among others: by what it says, so that every database gives the same order."""
+    protocol, cell = result.protocol, result.cell
+    return protocol.dataset, protocol.split, result.model.name, cell.attack, cell.view, cell.fingerprint
+
+
+def resolve(prefix: str, run_ids: Sequence[str], shown: str) -> str:
+    """The run id that is the given text, or alone begins with it.
+
+    Raises:
+        UsageError: none or several do.
+    """
+    if prefix in run_ids:
+        return prefix
+    matches = [run_id for run_id in run_ids if prefix and run_id.startswith(prefix)]
+    if len(matches) == 1:
+        return matches[0]
+    if matches:
+        raise UsageError(f"run {prefix!r} is ambiguous: {_some(matches)}; give more of the id")
+    close = difflib.get_close_matches(prefix, run_ids, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(close)}" if close else f"it has {_some(run_ids) if run_ids else 'no runs'}"
+    raise UsageError(f"no run {prefix!r} in {shown}; {hint}")
+
+
+def damage(session: Session) -> list[str]:
+    """What SQLite itself finds wrong: broken pages, and references to rows that are not there."""
+    pages = [str(line) for line in session.scalars(text("PRAGMA integrity_check(10)"))]
+    found = [f"damaged file: {line}" for line in pages if line != "ok"]
+    for table, rowid, parent, _ in session.execute(text("PRAGMA foreign_key_check")):
+        found.append(f"{table} {rowid} refers to a {parent} that does not exist")
+    return found
+
+
+def problems(row: ResultRow) -> Iterator[str]:
+    """Where a finished result differs from its samples, or is not shown by the run that made it."""
+    session = Session.object_session(row)
+    link = select(RunResultRow.id).where(RunResultRow.run_id == row.run_id, RunResultRow.result_id == row.id)
+    if session is not None and session.scalar(link) is None:
+        yield f"run {row.run.run_id} made it but does not show it"
+    try:
+        samples = chunks(row)
+    except RunError as error:
+        yield str(error)
+        return
+    record = records.result_record(row)
+    yield from packing.contradictions(record, samples, row.run.protocol.n)
+    yield from packing.miscounts(record, samples)
+
+
+def _chunk(row: ChunkRow) -> Chunk:
+    chunk = packing.unpack(row.stage, row.seconds, row.arrays)
+    if len(chunk) != row.n:
+        raise RunError(f"a chunk of stage {row.stage!r} holds {len(chunk)} samples, not {row.n}")
+    return chunk
+
+
+def _some(run_ids: Sequence[str]) -> str:
+    return ", ".join(run_ids[-3:]) + (f" and {len(run_ids) - 3} more" if len(run_ids) > 3 else "")

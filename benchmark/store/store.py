@@ -1,0 +1,308 @@
+"""What the rest of moebench sees of the database: records in, records out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import Literal, Self
+
+from sqlalchemy import delete, func, select
+from sqlalchemy.orm import Session
+
+from moebench.claims import load_claims
+from moebench.errors import RunError, UsageError
+from moebench.schema import CellSpec, Chunk, Claim, Flag, Outcomes, ResultRecord, RunStart, StoredResult, StoredRun
+from moebench.store import packing, queries, records
+from moebench.store.connect import Database
+from moebench.store.orm import CheckpointRow, ChunkRow, ClaimRow, ModelRow, ProtocolRow, ResultRow, RunResultRow, RunRow
+
+
+class Store:
+    """The results database. Every method is one transaction; what it returns stays valid after the store is closed.
+
+    Use `Store.open`, as a context manager. Rows are only added: a correction or a repeated cell is a new row.
+    """
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._opened: dict[int, str] = {}
+
+    @classmethod
+    def open(cls, where: str | Path | None = None, *, write: bool) -> Self:
+        """Opens a database, and for writing makes or upgrades it.
+
+        Args:
+            where: a file, `sqlite:///FILE` or `postgresql+psycopg://...`; None means the environment variable
+                MOEBENCH_DB, or `results.db`.
+            write: whether it will be written to; that this is possible is verified here, before any work.
+
+        Raises:
+            UsageError: there is nothing to read, it cannot be written, or it is damaged, foreign or too new.
+        """
+        database = Database(where, write=write)
+        store = cls(database)
+        try:
+            if write:
+                store._refresh_claims()
+        except BaseException:
+            database.close()
+            raise
+        return store
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def where(self) -> str:
+        """The database as messages name it; never with a password."""
+        return self._database.shown
+
+    def close(self) -> None:
+        """Ends all connections; of an SQLite database one file is left."""
+        self._database.close()
+
+    def begin_run(self, start: RunStart) -> None:
+        """Records that a run has started.
+
+        Raises:
+            RunError: the run id is taken.
+        """
+        with self._database.writing() as session:
+            if session.scalar(select(RunRow.id).where(RunRow.run_id == start.run_id)) is not None:
+                raise RunError(f"run {start.run_id} is already in {self.where}; every run needs an id of its own")
+            session.add(
+                RunRow(
+                    run_id=start.run_id,
+                    fingerprint=start.fingerprint,
+                    status="running",
+                    command=records.storable(start.command),
+                    environment=records.plain(start.environment),
+                    model=queries.shared(session, records.model_row(start.model)),
+                    checkpoint=queries.shared(session, records.checkpoint_row(start.checkpoint)),
+                    protocol=queries.shared(session, records.protocol_row(start.protocol)),
+                    started_at=queries.now(),
+                    flags=[],
+                )
+            )
+
+    def finish_run(
+        self,
+        run_id: str,
+        status: Literal["done", "failed"],
+        *,
+        seconds: float,
+        flags: Sequence[Flag] = (),
+        error: str | None = None,
+    ) -> None:
+        """Records how a run ended, with the reasons to distrust it.
+
+        Raises:
+            RunError: there is no such run, or it has ended before.
+        """
+        with self._database.writing() as session:
+            run = self._running(session, run_id)
+            run.status, run.seconds, run.finished_at = status, seconds, queries.now()
+            run.flags = [records.plain(asdict(flag)) for flag in flags]
+            run.error = None if error is None else records.storable(error)
+
+    def open_cell(self, run_id: str, cell: CellSpec, *, resume: bool) -> tuple[int, list[Chunk]]:
+        """Starts a cell, or goes on with one that a dead process left unfinished.
+
+        Args:
+            run_id: the run that will work on it.
+            cell: what will be computed.
+            resume: whether to take over the newest unfinished result of the same fingerprint whose process is gone.
+
+        Returns: the result's id, and the chunks committed so far in the order of their commits.
+
+        Raises:
+            RunError: the run is not running.
+        """
+        with self._database.writing() as session:
+            run = self._running(session, run_id)
+            row = queries.abandoned(session, run, cell.fingerprint) if resume else None
+            if row is None:
+                values = {name: records.plain(getattr(cell, name)) for name in records.CELL_FIELDS}
+                row = ResultRow(run=run, status="running", started_at=queries.now(), touched_at=queries.now(), **values)
+                session.add(row)
+            elif row.run is not run:
+                if row.run.status == "running":
+                    row.run.status, row.run.finished_at = "failed", queries.now()
+                    row.run.error = f"its process ended before the run did; run {run_id} went on with its work"
+                row.run, row.touched_at = run, queries.now()
+            session.flush()
+            self._opened[row.id] = run_id
+            return row.id, queries.chunks(row)
+
+    def append_chunk(self, result_id: int, chunk: Chunk) -> None:
+        """Commits finished samples of one stage.
+
+        Raises:
+            RunError: a sample is in that stage already, the arrays are malformed, or the result is finished or another
+                run's by now.
+        """
+        blob = packing.pack(chunk)
+        with self._database.writing() as session:
+            row = self._unfinished(session, result_id)
+            packing.refuse_repeats(chunk, queries.stage_chunks(session, result_id, chunk.stage), row.run.protocol.n)
+            last = session.scalar(select(func.max(ChunkRow.seq)).where(ChunkRow.result_id == result_id))
+            session.add(
+                ChunkRow(
+                    result_id=result_id,
+                    stage=chunk.stage,
+                    seq=0 if last is None else last + 1,
+                    n=len(chunk),
+                    seconds=float(chunk.seconds),
+                    arrays=blob,
+                )
+            )
+            row.touched_at = queries.now()
+
+    def finish_cell(self, result_id: int, record: ResultRecord) -> None:
+        """Commits the aggregate of a cell and shows it in its run.
+
+        Raises:
+            RunError: the aggregate contradicts the samples, or the result is finished or another run's by now.
+        """
+        with self._database.writing() as session:
+            row = self._unfinished(session, result_id)
+            found = packing.contradictions(record, queries.chunks(row), row.run.protocol.n)
+            if (record.attack, record.view) != (row.attack, row.view):
+                found.append(f"it is of {record.attack} on {record.view}")
+            if found:
+                name = f"result {result_id} ({row.attack} on {row.view})"
+                raise RunError(f"{name} cannot be finished: {'; '.join(found)}; its samples are kept")
+            for name, value in records.result_values(record).items():
+                setattr(row, name, value)
+            row.status = "done"
+            row.finished_at = row.touched_at = queries.now()
+            session.add(RunResultRow(run=row.run, result=row, reused=False))
+
+    def link_reused(self, run_id: str, result_id: int) -> None:
+        """Shows a finished result of an earlier run in this run too.
+
+        Raises:
+            RunError: the run is not running, or the result is not finished.
+        """
+        with self._database.writing() as session:
+            run = self._running(session, run_id)
+            row = session.get(ResultRow, result_id)
+            if row is None or row.status != "done":
+                raise RunError(f"result {result_id} is not finished, so run {run_id} cannot reuse it")
+            known = select(RunResultRow.id).where(RunResultRow.run_id == run.id, RunResultRow.result_id == result_id)
+            if session.scalar(known) is None:
+                session.add(RunResultRow(run=run, result=row, reused=True))
+
+    def reusable(self, fingerprint: str) -> StoredResult | None:
+        """The newest finished result of a cell, None if there is none."""
+        with self._database.reading() as session:
+            row = session.scalars(queries.finished().where(ResultRow.fingerprint == fingerprint).limit(1)).first()
+            return None if row is None else records.stored_result(row)
+
+    def results(
+        self,
+        *,
+        dataset: str | None = None,
+        model: str | None = None,
+        checkpoint_sha: str | None = None,
+        newest_only: bool = True,
+    ) -> list[StoredResult]:
+        """Finished results, ordered by data set, model, attack and view, then by fingerprint, newest first.
+
+        Args:
+            dataset: only those measured on this data set.
+            model: only those of the model of this name.
+            checkpoint_sha: only those of the weights with this hash.
+            newest_only: one per fingerprint.
+        """
+        query = queries.finished().join(ResultRow.run)
+        if dataset is not None:
+            query = query.where(RunRow.protocol.has(ProtocolRow.dataset == dataset))
+        if model is not None:
+            query = query.where(RunRow.model.has(ModelRow.name == model))
+        if checkpoint_sha is not None:
+            query = query.where(RunRow.checkpoint.has(CheckpointRow.sha256 == checkpoint_sha))
+        with self._database.reading() as session:
+            found = [records.stored_result(row) for row in session.scalars(query)]
+        return sorted(queries.newest(found) if newest_only else found, key=queries.place)
+
+    def runs(self) -> list[StoredRun]:
+        """All runs, oldest first."""
+        with self._database.reading() as session:
+            return [records.stored_run(row) for row in session.scalars(queries.all_runs())]
+
+    def run(self, prefix: str) -> StoredRun:
+        """The run whose id is, or alone begins with, the given text.
+
+        Raises:
+            UsageError: no run or several runs do; close ids are offered.
+        """
+        with self._database.reading() as session:
+            known = session.scalars(select(RunRow.run_id).order_by(RunRow.id)).all()
+            run_id = queries.resolve(prefix, known, self.where)
+            return records.stored_run(session.scalars(queries.all_runs().where(RunRow.run_id == run_id)).one())
+
+    def outcomes(self, result_id: int) -> Outcomes:
+        """The evidence per sample of a result; of an unfinished one, what has been committed so far.
+
+        Raises:
+            UsageError: there is no such result.
+        """
+        with self._database.reading() as session:
+            row = session.get(ResultRow, result_id)
+            if row is None:
+                raise UsageError(f"no result {result_id} in {self.where}; `moebench show RUN` lists those of a run")
+            return packing.merge(queries.chunks(row))
+
+    def claims(self, registry_name: str | None = None, dataset: str | None = None) -> list[Claim]:
+        """The published numbers of the database, of one model or one data set if asked for, in the order of the CSV."""
+        query = select(ClaimRow).order_by(ClaimRow.id)
+        if registry_name is not None:
+            query = query.where(ClaimRow.registry_name == registry_name)
+        if dataset is not None:
+            query = query.where(ClaimRow.dataset == dataset)
+        with self._database.reading() as session:
+            return [records.claim(row) for row in session.scalars(query)]
+
+    def check(self) -> list[str]:
+        """All that is wrong, one line each: damage, dangling references, aggregates that differ from their samples."""
+        with self._database.reading() as session:
+            found = queries.damage(session) if self._database.backend == "sqlite" else []
+            by_id = queries.finished().order_by(None).order_by(ResultRow.id)
+            for row in session.scalars(by_id):
+                name = f"result {row.id} ({row.attack} on {row.view})"
+                found += [f"{name}: {problem}" for problem in queries.problems(row)]
+                session.expire(row, ["chunks"])
+            return found
+
+    def _refresh_claims(self) -> None:
+        packaged = load_claims()
+        if self.claims() == packaged:
+            return
+        with self._database.writing() as session:
+            session.execute(delete(ClaimRow))
+            session.add_all(ClaimRow(id=place, **asdict(claim)) for place, claim in enumerate(packaged, start=1))
+
+    def _running(self, session: Session, run_id: str) -> RunRow:
+        run = session.scalars(select(RunRow).where(RunRow.run_id == run_id)).one_or_none()
+        if run is None:
+            raise RunError(f"there is no run {run_id} in {self.where}; a run begins before it has results")
+        if run.status != "running":
+            raise RunError(f"run {run_id} has ended ({run.status}{f': {run.error}' if run.error else ''})")
+        return run
+
+    def _unfinished(self, session: Session, result_id: int) -> ResultRow:
+        row = session.get(ResultRow, result_id)
+        if row is None or row.status != "running":
+            raise RunError(f"result {result_id} in {self.where} is {'finished' if row else 'unknown'}; open a cell")
+        owner = self._opened.get(result_id)
+        if owner is not None and owner != row.run.run_id:
+            raise RunError(f"run {row.run.run_id} has taken over result {result_id}; start again when it is done")
+        return row

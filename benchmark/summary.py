@@ -1,0 +1,136 @@
+"""The numbers of one command: headline metrics, flags, and the object that `--json` prints."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from moebench.metrics import standing, worst_case
+from moebench.schema import SUITE_VERSION, BoolArray, Flag, Outcomes, ResultRecord, StoredResult
+from moebench.store import Store
+
+if TYPE_CHECKING:
+    from moebench.evaluation import Prepared
+
+HEADLINES = {"ra": "whole", "ra_e": "experts", "ra_r": "router", "ra_smoe": "standard", "ra_rmoe": "robust"}
+"""Headline metric -> the view whose attacks it is the per-sample worst case of."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What one command measured. Accuracies are fractions, None where they do not apply or were not measured.
+
+    `ra`, `ra_e`, … are the share of samples that none of the command's attacks on that view breaks; `ra_worst` the share
+    that no attack recorded for these weights and this protocol breaks, on any view.
+    """
+
+    run_id: str
+    model: str
+    dataset: str
+    n: int
+    norm: str
+    eps: float
+    seconds: float
+    sa: float
+    headlines: dict[str, float | None]
+    ra_worst: float
+    flags: tuple[Flag, ...]
+    results: tuple[ResultRecord, ...]
+    reused: int
+
+    def to_json(self) -> dict[str, Any]:
+        """The object that `moebench evaluate --json` prints."""
+        return {
+            "run_id": self.run_id,
+            "model": self.model,
+            "dataset": self.dataset,
+            "n": self.n,
+            "norm": self.norm,
+            "eps": self.eps,
+            "suite": SUITE_VERSION,
+            "seconds": round(self.seconds, 3),
+            "sa": self.sa,
+            "ra": self.headlines["ra"],
+            "ra_e": self.headlines["ra_e"],
+            "ra_r": self.headlines["ra_r"],
+            "ra_worst": self.ra_worst,
+            "flags": [{"code": flag.code, "evidence": flag.evidence} for flag in self.flags],
+            "results": [
+                {
+                    "attack": record.attack,
+                    "view": record.view,
+                    "accuracy": record.accuracy,
+                    "ci_low": record.ci_low,
+                    "ci_high": record.ci_high,
+                    "n": record.n,
+                    "seconds": round(record.seconds, 3),
+                    "forwards": record.forwards,
+                    "backwards": record.backwards,
+                }
+                for record in self.results
+            ],
+        }
+
+
+def summarise(
+    store: Store, run_id: str, prepared: Prepared, records: Sequence[ResultRecord], reused: int, seconds: float
+) -> Summary:
+    """Headline metrics from the per-sample outcomes in the store."""
+    stored = comparable(store, prepared)
+    outcomes = {result.cell.fingerprint: store.outcomes(result.result_id) for result in stored}
+    wanted = [cell for _, cell in prepared.cells]
+    by_view: dict[str, list[Outcomes]] = {}
+    for cell in wanted:
+        by_view.setdefault(cell.view, []).append(outcomes[cell.fingerprint])
+    headlines = {name: _share(by_view.get(view)) for name, view in HEADLINES.items()}
+    worst = worst_case(list(outcomes.values()))
+    return Summary(
+        run_id=run_id,
+        model=prepared.loaded.record.name,
+        dataset=prepared.protocol.dataset,
+        n=prepared.protocol.n,
+        norm=prepared.threat.norm,
+        eps=prepared.threat.eps,
+        seconds=seconds,
+        sa=records[0].clean_accuracy,
+        headlines=headlines,
+        ra_worst=float(np.mean(worst)),
+        flags=tuple(overstated(by_view)),
+        results=tuple(records),
+        reused=reused,
+    )
+
+
+def comparable(store: Store, prepared: Prepared) -> list[StoredResult]:
+    """Every finished result of these weights on these samples under this threat model, whatever command made it."""
+    found = store.results(model=prepared.loaded.record.name, checkpoint_sha=prepared.loaded.checkpoint.sha256)
+    return [result for result in found if result.protocol == prepared.protocol]
+
+
+def overstated(by_view: dict[str, list[Outcomes]]) -> list[Flag]:
+    """A component attack that leaves fewer samples standing than all attacks on the whole model: RA was over-stated."""
+    if "whole" not in by_view:
+        return []
+    whole = worst_case(by_view["whole"])
+    flags = []
+    for view, outcomes in by_view.items():
+        component = worst_case(outcomes)
+        if view != "whole" and component.sum() < whole.sum():
+            flags.append(
+                Flag(
+                    "over-stated-ra",
+                    f"attacks on view {view} leave {int(component.sum())} of {whole.size} samples standing, "
+                    f"those on the whole model {int(whole.sum())}; only the lower number bounds the robustness",
+                )
+            )
+    return flags
+
+
+def _share(outcomes: list[Outcomes] | None) -> float | None:
+    if not outcomes:
+        return None
+    left: BoolArray = standing(outcomes[0]) if len(outcomes) == 1 else worst_case(outcomes)
+    return float(np.mean(left))

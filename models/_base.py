@@ -1,0 +1,157 @@
+"""What a paper's file declares: builders with their names, recipes and training objectives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from moebench.errors import UsageError
+from moebench.registry import Registry, model_registry, decorator_for
+from moebench.schema import ModelRecord, PaperCard
+
+Shape = tuple[int, int, int]
+Forward = Callable[[Tensor], Tensor]
+
+
+class Adversary(Protocol):
+    """The inner maximisation of adversarial training, given to an objective by the training loop."""
+
+    def __call__(self, forward: Forward, x: Tensor, loss: Callable[[Tensor], Tensor]) -> Tensor:
+        """Images inside the threat model around x that raise `loss(forward(x_adv))`, a (B,) tensor."""
+        ...
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a model is trained: plain data, printed by `moebench show` and stored with the weights.
+
+    The learning rate swings between `lr_low` and `lr_high`, a triangle per `epochs / cycles`, as in RT-ER's code; rates
+    are ten to twenty times that code's, because a digits run has a third of its optimiser steps. `attack_steps` is PGD's number of steps
+    with `step_fraction` of eps each. `select` says which validation number picks the epoch: clean accuracy, robust accuracy or
+    their mean. `balance` weighs the loss that spreads the load over the experts. `init_from` names models whose weights start a part of this one; a model with zero epochs is their composition.
+    """
+
+    epochs: int
+    batch_size: int = 50
+    lr_low: float = 5e-4
+    lr_high: float = 2e-3
+    cycles: int = 4
+    attack_steps: int = 10
+    step_fraction: float = 0.25
+    beta: float = 6.0
+    balance: float = 0.0
+    translate: int = 1
+    select: Literal["clean", "robust", "mean"] = "robust"
+    init_from: Mapping[str, str] = field(default_factory=dict)
+
+
+PhaseLoss = Callable[[Any, Tensor, Tensor, Adversary, Recipe], Tensor]
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One optimiser step per batch: which part of the model it trains ("" for all of it) and the loss it lowers.
+
+    The loss maps (model, images, labels, adversary, recipe) to a scalar.
+    """
+
+    loss: PhaseLoss
+    part: str = ""
+
+    def parameters(self, model: nn.Module) -> list[nn.Parameter]:
+        module = model.get_submodule(self.part) if self.part else model
+        return [parameter for parameter in module.parameters() if parameter.requires_grad]
+
+
+@dataclass(frozen=True)
+class ModelEntry:
+    """A registered model: its builder with the settings that make this variant, its recipe and its objective.
+
+    `version` is raised when the same weights compute something else than before; stored results then no longer count.
+    """
+
+    name: str
+    summary: str
+    family: str
+    training: str
+    build: Callable[..., nn.Module]
+    routing: str | None = None
+    paper: PaperCard | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    recipe: Recipe | None = None
+    objective: tuple[Phase, ...] = ()
+    version: int = 1
+
+    def make(self, num_classes: int, shape: Shape, **settings: Any) -> nn.Module:
+        """A model with fresh weights for images of that shape.
+
+        Raises:
+            UsageError: a setting does not exist or has an impossible value.
+        """
+        known = self.build.__kwdefaults__ or {}
+        for key in settings:
+            if key not in known:
+                raise UsageError(f"model {self.name!r} has no setting {key!r}; it has {', '.join(sorted(known)) or 'none'}")
+        return self.build(num_classes, shape, **{**self.settings, **settings})
+
+    def record(self) -> ModelRecord:
+        return ModelRecord(self.name, self.family, self.summary, self.training, self.routing, self.paper)
+
+
+class Normalize(nn.Module):
+    """Maps [0, 1] images to the zero-centred range that the network sees; part of the model, so that attacks see pixels."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: float = 0.5, std: float = 0.5) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean))
+        self.register_buffer("std", torch.tensor(std))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - self.mean) / self.std
+
+
+class NormalizedClassifier(nn.Module):
+    """A classifier for [0, 1] images: normalisation, then a network that gives logits."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.normalize = Normalize()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.network(self.normalize(x))
+        return logits
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode (BatchNorm's running statistics) for a while; the mode from before comes back, whatever happens."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+MODELS: Registry[ModelEntry] = model_registry()
+
+
+def _entry(build: Callable[..., nn.Module], name: str, facts: dict[str, Any]) -> ModelEntry:
+    return ModelEntry(name=name, build=build, **facts)
+
+
+register_model = decorator_for(lambda: MODELS, _entry)
+"""Declares a builder `f(num_classes, shape, *, setting=default, …) -> nn.Module` as a model.
+
+The first argument is the model's name; keyword arguments are the fields of `ModelEntry`. The builder is a plain function
+whose keyword-only arguments are the model's settings.
+"""

@@ -1,0 +1,262 @@
+"""Mixture-of-experts layers whose routing can be recorded and replayed.
+
+Everything that moebench measures about routing rests on two operations that every MoE model supports: *record* the routing
+weights that an input causes, and *replay* given weights while another input passes through the experts. Both are
+differentiable. A model takes part by routing through `MoELayer`, wherever that layer sits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from moebench.errors import UsageError
+
+RouterMode = Literal["trained", "frozen"]
+
+
+class Routing(NamedTuple):
+    """How one MoE layer mixes its experts.
+
+    Attributes:
+        weights: (B, E), what each expert's output is multiplied with.
+        selected: (B, E) bool, the experts that run. A selected expert may have weight 0 (it then only carries gradient).
+    """
+
+    weights: Tensor
+    selected: Tensor
+
+    def take(self, rows: Tensor) -> Routing:
+        """The routing of some samples."""
+        return Routing(self.weights[rows], self.selected[rows])
+
+
+Tape = dict[str, Routing]
+"""The routing of every MoE layer of a model, by the layer's name."""
+
+Policy = Callable[["MoELayer", Tensor], Routing]
+
+
+class MoELayer(nn.Module):
+    """A router and its experts: F(x) = sum over the selected i of w_i(x) f_i(x).
+
+    Each selected expert runs once, on its own samples only.
+
+    Args:
+        experts: modules of equal output shape.
+        router: maps the layer's input to router logits (B, E).
+        top_k: experts per sample; E gives a soft mixture of all.
+        router_mode: "trained" passes gradients to the router (straight-through for top-1), "frozen" keeps the router at its
+            initialisation.
+
+    For top-1 the weight is exactly 1; for k > 1 the softmax weights of the winners are divided by their sum.
+    """
+
+    def __init__(
+        self, experts: list[nn.Module], router: nn.Module, *, top_k: int = 1, router_mode: RouterMode = "trained"
+    ) -> None:
+        super().__init__()
+        if not 1 <= top_k <= len(experts):
+            raise UsageError(f"top_k must be between 1 and the {len(experts)} experts, got {top_k}")
+        if router_mode not in ("trained", "frozen"):
+            raise UsageError(f"router must be 'trained' or 'frozen', got {router_mode!r}")
+        self.experts = nn.ModuleList(experts)
+        self.router = router
+        self.top_k = top_k
+        self.router_mode = router_mode
+        if router_mode == "frozen":
+            self.router.requires_grad_(False)
+        self.policy: Policy | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Mixes the experts' outputs for an input (B, ...)."""
+        return combine(self.experts, x, self.route(x))
+
+    def route(self, x: Tensor) -> Routing:
+        """The routing in force: the layer's own, or that of the policy installed from outside."""
+        return self.own_routing(x) if self.policy is None else self.policy(self, x)
+
+    def own_routing(self, x: Tensor) -> Routing:
+        """Top-k of the router's softmax. In train mode, top-1 lets the gradient of the winner's weight through."""
+        probs = self.probabilities(x)
+        if self.top_k == len(self.experts):
+            return Routing(probs, torch.ones_like(probs, dtype=torch.bool))
+        selected = torch.zeros_like(probs, dtype=torch.bool).scatter_(1, probs.topk(self.top_k, dim=1).indices, True)
+        kept = probs * selected
+        if self.top_k > 1:
+            return Routing(kept / kept.sum(dim=1, keepdim=True), selected)
+        weights = selected.to(probs.dtype)
+        if self.training and self.router_mode == "trained":
+            weights = weights + kept - kept.detach()
+        return Routing(weights, selected)
+
+    def soft_routing(self, x: Tensor) -> Routing:
+        """All experts, weighted by the router's softmax: the differentiable surrogate of hard routing."""
+        probs = self.probabilities(x)
+        return Routing(probs, torch.ones_like(probs, dtype=torch.bool))
+
+    def straight_through_routing(self, x: Tensor) -> Routing:
+        """The weights of hard routing in the forward pass, the gradient of soft routing in the backward pass."""
+        probs = self.probabilities(x)
+        weights = self.own_routing(x).weights.detach() + probs - probs.detach()
+        return Routing(weights, torch.ones_like(probs, dtype=torch.bool))
+
+    def forced_routing(self, x: Tensor, expert: int) -> Routing:
+        """One expert with weight 1 for every sample."""
+        weights = x.new_zeros(x.shape[0], len(self.experts))
+        weights[:, expert] = 1.0
+        return Routing(weights, weights.bool())
+
+    def probabilities(self, x: Tensor) -> Tensor:
+        """The router's softmax over all experts, (B, E)."""
+        logits: Tensor = self.router(x)
+        return logits.softmax(dim=1)
+
+
+def combine(experts: nn.ModuleList, x: Tensor, routing: Routing) -> Tensor:
+    """Runs each expert on the samples that selected it and adds up the weighted outputs.
+
+    Args:
+        experts: E modules.
+        x: (B, ...).
+        routing: for B samples and E experts.
+    Returns: (B, ...), the experts' output shape.
+    """
+    out: Tensor | None = None
+    for number, expert in enumerate(experts):
+        rows = routing.selected[:, number].nonzero().squeeze(1)
+        if rows.numel() == 0 and not (out is None and number == len(experts) - 1):
+            continue
+        y = expert(x if rows.numel() == x.shape[0] else x[rows])
+        weight = routing.weights[rows, number].view(-1, *[1] * (y.dim() - 1))
+        if out is None:
+            out = y.new_zeros(x.shape[0], *y.shape[1:])
+        out = out.index_add(0, rows, y * weight)
+    assert out is not None
+    return out
+
+
+class RoutedModel(nn.Module):
+    """A classifier with MoE layers inside.
+
+    Subclasses whose routing depends on the image alone override `route`, `expert_outputs` and `mix`, so that attacks on the
+    router need not run experts and those on frozen experts run them once.
+    """
+
+    def route(self, x: Tensor, *, soft: bool = False) -> Tape:
+        """The routing that images (B, C, H, W) cause in every MoE layer.
+
+        Args:
+            x: images in [0, 1].
+            soft: record the softmax over all experts instead of the top-k selection.
+        """
+        return record(self, x, soft=soft)
+
+    def expert_outputs(self, x: Tensor) -> dict[str, Tensor] | None:
+        """Logits of every expert of every layer on x, {layer: (B, E, K)}; None where they depend on the routing."""
+        return None
+
+    def mix(self, outputs: Mapping[str, Tensor], tape: Tape) -> Tensor:
+        """The model's logits from its experts' outputs and a routing."""
+        raise TypeError(f"{type(self).__name__} has no experts whose outputs could be kept")
+
+
+def moe_layers(model: nn.Module) -> dict[str, MoELayer]:
+    """The MoE layers of a model by name, in the order of its modules; empty for a dense model."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, MoELayer)}
+
+
+@contextmanager
+def routed_by(model: nn.Module, policies: Mapping[str, Policy]) -> Iterator[None]:
+    """Installs routing policies in the named layers and takes them out again, whatever happens."""
+    layers = moe_layers(model)
+    before = {name: layers[name].policy for name in policies}
+    try:
+        for name, policy in policies.items():
+            layers[name].policy = policy
+        yield
+    finally:
+        for name, policy_before in before.items():
+            layers[name].policy = policy_before
+
+
+def record(model: nn.Module, x: Tensor, *, soft: bool = False) -> Tape:
+    """Runs the model on x and keeps the routing of each layer, with its gradient to x."""
+    tape: Tape = {}
+
+    def recorder(name: str) -> Policy:
+        def policy(layer: MoELayer, features: Tensor) -> Routing:
+            tape[name] = layer.soft_routing(features) if soft else layer.own_routing(features)
+            return tape[name]
+
+        return policy
+
+    with routed_by(model, {name: recorder(name) for name in moe_layers(model)}):
+        model(x)
+    return tape
+
+
+def replay(model: nn.Module, x: Tensor, tape: Tape) -> Tensor:
+    """The model's logits on x with the routing of the tape instead of its own."""
+
+    def player(routing: Routing) -> Policy:
+        return lambda layer, features: routing
+
+    with routed_by(model, {name: player(routing) for name, routing in tape.items()}):
+        logits: Tensor = model(x)
+    return logits
+
+
+def route(model: nn.Module, x: Tensor, *, soft: bool = False) -> Tape:
+    """The routing that x causes, by the model's own shortcut where it has one."""
+    return model.route(x, soft=soft) if isinstance(model, RoutedModel) else record(model, x, soft=soft)
+
+
+def split_forward(model: nn.Module, x_router: Tensor, x_expert: Tensor, *, soft: bool = False) -> Tensor:
+    """Logits when one input steers the routing and another passes through the experts.
+
+    Args:
+        model: a model with MoE layers.
+        x_router: images that decide the routing, (B, C, H, W).
+        x_expert: images that the experts see, (B, C, H, W).
+        soft: route by the softmax over all experts, so that the routing has a gradient.
+    Returns: logits (B, K), differentiable with respect to both inputs.
+    """
+    return replay(model, x_expert, route(model, x_router, soft=soft))
+
+
+def smooth_forward(model: nn.Module, x: Tensor, *, straight_through: bool = False) -> Tensor:
+    """Logits with dense soft routing in every layer (or hard values with soft gradients)."""
+
+    def policy(layer: MoELayer, features: Tensor) -> Routing:
+        return layer.straight_through_routing(features) if straight_through else layer.soft_routing(features)
+
+    with routed_by(model, dict.fromkeys(moe_layers(model), policy)):
+        logits: Tensor = model(x)
+    return logits
+
+
+def forced_forward(model: nn.Module, x: Tensor, expert: int, layer: str | None = None) -> Tensor:
+    """Logits with one expert forced, in one layer or in all of them.
+
+    Raises:
+        UsageError: the layer or the expert does not exist.
+    """
+    layers = moe_layers(model)
+    if layer is not None and layer not in layers:
+        raise UsageError(f"no MoE layer {layer!r} in this model; it has {', '.join(layers) or 'none'}")
+    names = [layer] if layer is not None else list(layers)
+    for name in names:
+        if not 0 <= expert < len(layers[name].experts):
+            raise UsageError(f"no expert {expert} in layer {name!r}: it has experts 0 to {len(layers[name].experts) - 1}")
+
+    def policy(forced: MoELayer, features: Tensor) -> Routing:
+        return forced.forced_routing(features, expert)
+
+    with routed_by(model, dict.fromkeys(names, policy)):
+        logits: Tensor = model(x)
+    return logits

@@ -1,0 +1,288 @@
+"""RT-ER, the dual model and JTDMoE, with the MoE baselines that the paper compares with.
+
+Zhang, Xu, Hu and Wang, "Optimizing Robustness and Accuracy in Mixture of Experts: A Dual-Model Approach", ICML 2025
+(arXiv 2502.06832). Experts are whole classifiers; a linear router on the pixels picks one of them per image:
+
+    F(x) = sum_i a_i(x) f_i(x),    a = softmax of the router, top-1 with weight 1 unless stated otherwise.
+
+Differs from the published code, where the paper's formula is another one: the router is trained (straight-through; the
+code's router gets no gradient), BatchNorm statistics come from whole batches, attacks run in float32 with a real random start.
+`rt-er-official` keeps what the code does to the router and to the choice of the second expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from moebench.errors import UsageError
+from moebench.models._base import Adversary, Normalize, Phase, Recipe, Shape, evaluating, register_model
+from moebench.models._balancing import balanced
+from moebench.models._moe import MoELayer, RoutedModel, RouterMode, Tape
+from moebench.models._objectives import ADVERSARIAL, STANDARD, TRADES, cross_entropy_adversary, kl_divergence, standard_loss
+from moebench.models._resnet import classifier
+from moebench.schema import PaperCard
+
+ZHANG_2025 = PaperCard(
+    title="Optimizing Robustness and Accuracy in Mixture of Experts: A Dual-Model Approach",
+    authors="Xu Zhang, Kaidi Xu, Ziqing Hu, Ren Wang",
+    venue="ICML",
+    year=2025,
+    arxiv="2502.06832",
+    bibtex="""@inproceedings{zhang2025optimizing,
+  title = {Optimizing Robustness and Accuracy in Mixture of Experts: A Dual-Model Approach},
+  author = {Zhang, Xu and Xu, Kaidi and Hu, Ziqing and Wang, Ren},
+  booktitle = {Proceedings of the 42nd International Conference on Machine Learning},
+  series = {PMLR},
+  volume = {267},
+  pages = {76436--76450},
+  year = {2025}
+}""",
+)
+
+SecondAt = Literal["clean", "adversarial"]
+
+
+class ClassifierMoE(RoutedModel):
+    """Whole classifiers as experts of one MoE layer, routed by a linear map of the normalised pixels (section 3)."""
+
+    def __init__(self, num_classes: int, shape: Shape, *, experts: int, top_k: int, router: RouterMode) -> None:
+        super().__init__()
+        channels, height, width = shape
+        self.normalize = Normalize()
+        self.moe = MoELayer(
+            [classifier(num_classes, shape) for _ in range(experts)],
+            nn.Sequential(nn.Flatten(), nn.Linear(channels * height * width, experts)),
+            top_k=top_k,
+            router_mode=router,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (B, K) of [0, 1] images (B, C, H, W)."""
+        logits: Tensor = self.moe(self.normalize(x))
+        return logits
+
+    def route(self, x: Tensor, *, soft: bool = False) -> Tape:
+        z = self.normalize(x)
+        return {"moe": self.moe.soft_routing(z) if soft else self.moe.own_routing(z)}
+
+    def expert_outputs(self, x: Tensor) -> dict[str, Tensor]:
+        z = self.normalize(x)
+        return {"moe": torch.stack([expert(z) for expert in self.moe.experts], dim=1)}
+
+    def mix(self, outputs: Mapping[str, Tensor], tape: Tape) -> Tensor:
+        return (tape["moe"].weights.unsqueeze(2) * outputs["moe"]).sum(dim=1)
+
+    def runner_up(self, x: Tensor) -> Tensor:
+        """The best expert that the router does not select, (B,): second for top-1, (k+1)-th for top-k."""
+        with torch.no_grad():
+            ranking = self.moe.probabilities(self.normalize(x)).argsort(dim=1, descending=True)
+        return ranking[:, self.moe.top_k]
+
+    def chosen_expert(self, choice: Tensor, x: Tensor) -> Tensor:
+        """Logits of expert choice[b] on image b, each expert run once on its own images."""
+        selected = F.one_hot(choice, len(self.moe.experts)).bool()
+        z = self.normalize(x)
+        out: Tensor | None = None
+        for number, expert in enumerate(self.moe.experts):
+            rows = selected[:, number].nonzero().squeeze(1)
+            if rows.numel() > 0:
+                y = expert(z[rows])
+                out = (y.new_zeros(x.shape[0], y.shape[1]) if out is None else out).index_add(0, rows, y)
+        if out is None:
+            raise UsageError("an MoE needs at least one image")
+        return out
+
+
+class DualModel(RoutedModel):
+    """F_D = (1 - alpha) F_S + alpha F_R of a standard and a robust MoE (equation 3), mixing raw logits as the code does."""
+
+    def __init__(self, standard: ClassifierMoE, robust: ClassifierMoE, alpha: float) -> None:
+        super().__init__()
+        if not 0.5 <= alpha <= 1:
+            raise UsageError(f"alpha must be in [0.5, 1], got {alpha:g}")
+        self.standard = standard
+        self.robust = robust
+        self.alpha = alpha
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (B, K) of [0, 1] images (B, C, H, W)."""
+        return (1 - self.alpha) * self.standard(x) + self.alpha * self.robust(x)
+
+    def route(self, x: Tensor, *, soft: bool = False) -> Tape:
+        return {
+            f"{half}.{name}": routing
+            for half in ("standard", "robust")
+            for name, routing in self._half(half).route(x, soft=soft).items()
+        }
+
+    def expert_outputs(self, x: Tensor) -> dict[str, Tensor]:
+        return {
+            f"{half}.{name}": logits
+            for half in ("standard", "robust")
+            for name, logits in self._half(half).expert_outputs(x).items()
+        }
+
+    def mix(self, outputs: Mapping[str, Tensor], tape: Tape) -> Tensor:
+        standard, robust = (
+            self._half(half).mix({"moe": outputs[f"{half}.moe"]}, {"moe": tape[f"{half}.moe"]})
+            for half in ("standard", "robust")
+        )
+        return (1 - self.alpha) * standard + self.alpha * robust
+
+    def _half(self, name: str) -> ClassifierMoE:
+        half = self.get_submodule(name)
+        assert isinstance(half, ClassifierMoE)
+        return half
+
+
+def rt_er_loss(
+    model: ClassifierMoE, x: Tensor, y: Tensor, adversary: Adversary, recipe: Recipe, *, second_at: SecondAt
+) -> Tensor:
+    """CE(F(x_adv), y) + beta KL(p_s(x) || p_s(x_adv^s)), the objective of RT-ER (section 4.1).
+
+    s is the best expert that the router does not select, at x_adv (the paper) or at x (the published code). x_adv attacks the
+    MoE; x_adv^s is a second PGD against expert s alone, as in the code. Gradients flow through both arguments of KL.
+    """
+    x_adv = cross_entropy_adversary(model, x, y, adversary)
+    second = model.runner_up(x_adv if second_at == "adversarial" else x)
+    expert = partial(model.chosen_expert, second)
+    x_adv_second = adversary(expert, x, lambda logits: F.cross_entropy(logits, y, reduction="none"))
+    # An expert's BatchNorm learns from the images routed to it; on the runner-up's images it is used as it will be in use.
+    with evaluating(model):
+        smooth = kl_divergence(expert(x), expert(x_adv_second)).mean()
+    return F.cross_entropy(model(x_adv), y) + recipe.beta * smooth
+
+
+def robust_half_loss(model: DualModel, x: Tensor, y: Tensor, adversary: Adversary, recipe: Recipe) -> Tensor:
+    """Lower level of JTDMoE: the RT-ER loss of the robust MoE (section 5)."""
+    return rt_er_loss(model.robust, x, y, adversary, recipe, second_at="adversarial")
+
+
+RT_ER = balanced((Phase(partial(rt_er_loss, second_at="adversarial")),))
+RT_ER_OFFICIAL = (Phase(partial(rt_er_loss, second_at="clean")),)
+JTD = (
+    *balanced((Phase(robust_half_loss, part="robust"),), part=lambda model: model.get_submodule("robust")),
+    *balanced((Phase(standard_loss, part="standard"),), part=lambda model: model.get_submodule("standard")),
+)
+"""Each batch first steps the robust MoE, then the standard MoE on the dual model's clean cross-entropy."""
+
+
+@register_model(
+    "st-moe",
+    summary="top-1 MoE of 4 classifiers, standard training",
+    family="moe",
+    training="standard",
+    routing="top-1",
+    paper=ZHANG_2025,
+    recipe=Recipe(epochs=200, select="clean", balance=0.1),
+    objective=balanced(STANDARD),
+)
+@register_model(
+    "at-moe",
+    summary="top-1 MoE of 4 classifiers, PGD adversarial training",
+    family="moe",
+    training="adversarial",
+    routing="top-1",
+    paper=ZHANG_2025,
+    recipe=Recipe(epochs=200, balance=0.1),
+    objective=balanced(ADVERSARIAL),
+)
+@register_model(
+    "trades-moe",
+    summary="top-1 MoE of 4 classifiers, TRADES with weight 6",
+    family="moe",
+    training="trades",
+    routing="top-1",
+    paper=ZHANG_2025,
+    recipe=Recipe(epochs=200, beta=6.0, balance=0.1),
+    objective=balanced(TRADES),
+)
+@register_model(
+    "rt-er",
+    summary="RT-ER: top-1 MoE whose second-ranked expert is robustified too",
+    family="moe",
+    training="rt-er",
+    routing="top-1",
+    paper=ZHANG_2025,
+    recipe=Recipe(epochs=200, beta=6.0, balance=0.1),
+    objective=RT_ER,
+)
+@register_model(
+    "rt-er-top2",
+    summary="RT-ER with the two best experts mixed and the third robustified",
+    family="moe",
+    training="rt-er",
+    routing="top-2",
+    paper=ZHANG_2025,
+    settings={"top_k": 2},
+    recipe=Recipe(epochs=200, beta=6.0, balance=0.1),
+    objective=RT_ER,
+)
+@register_model(
+    "rt-er-frozen",
+    summary="RT-ER with the router left at its random initialisation",
+    family="moe",
+    training="rt-er",
+    routing="top-1, frozen",
+    paper=ZHANG_2025,
+    settings={"router": "frozen"},
+    recipe=Recipe(epochs=200, beta=6.0),
+    objective=RT_ER,
+)
+@register_model(
+    "rt-er-official",
+    summary="RT-ER as its code trains it: frozen router, second expert ranked at the clean image",
+    family="moe",
+    training="rt-er-official",
+    routing="top-1, frozen",
+    paper=ZHANG_2025,
+    settings={"router": "frozen"},
+    recipe=Recipe(epochs=200, beta=6.0),
+    objective=RT_ER_OFFICIAL,
+)
+def classifier_moe(
+    num_classes: int, shape: Shape, *, experts: int = 4, top_k: int = 1, router: RouterMode = "trained"
+) -> nn.Module:
+    """An MoE of whole classifiers, each of the architecture of the dense baseline."""
+    return ClassifierMoE(num_classes, shape, experts=experts, top_k=top_k, router=router)
+
+
+@register_model(
+    "dual-moe",
+    summary="dual model: trained st-moe and rt-er, mixed with alpha = 0.7",
+    family="dual",
+    training="composed",
+    routing="top-1",
+    paper=ZHANG_2025,
+    recipe=Recipe(epochs=0, init_from={"standard": "st-moe", "robust": "rt-er"}),
+)
+@register_model(
+    "jtd-moe",
+    summary="dual model, both halves trained jointly (JTDMoE), alpha = 0.7",
+    family="dual",
+    training="jtd",
+    routing="top-1",
+    paper=ZHANG_2025,
+    recipe=Recipe(
+        epochs=100, beta=6.0, balance=0.1, select="mean", init_from={"standard": "st-moe", "robust": "rt-er"}
+    ),
+    objective=JTD,
+)
+def dual_model(
+    num_classes: int,
+    shape: Shape,
+    *,
+    alpha: float = 0.7,
+    experts: int = 4,
+    top_k: int = 1,
+    router: RouterMode = "trained",
+) -> nn.Module:
+    """A standard and a robust MoE side by side, each with its own router and experts."""
+    halves = [ClassifierMoE(num_classes, shape, experts=experts, top_k=top_k, router=router) for _ in range(2)]
+    return DualModel(halves[0], halves[1], alpha)

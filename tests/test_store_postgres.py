@@ -1,0 +1,182 @@
+"""The store on a real PostgreSQL server, started for this file with the binaries of the operating system."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+from builders import N, finish_cell, make_cell, make_chunk, make_record, make_run_start
+from sqlalchemy import URL, create_engine, text
+
+from moebench.claims import load_claims
+from moebench.errors import RunError, UsageError
+from moebench.schema import Flag
+from moebench.store import Store, connect
+
+PASSWORD = "s3cret/pass word"
+QUOTED = "s3cret%2Fpass%20word"
+
+
+def _binaries() -> Path:
+    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
+    if not found:
+        pytest.skip("no PostgreSQL server in /usr/lib/postgresql")
+    return found[-1].parent
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Path]:
+    """The socket folder of a running server whose superuser is `tester`."""
+    if find_spec("psycopg") is None:
+        pytest.skip("no psycopg; `pip install psycopg[binary]` adds it")
+    binaries = _binaries()
+    folder = Path(tempfile.mkdtemp(prefix="pg", dir="/tmp"))
+    secret = folder / "password"
+    secret.write_text(PASSWORD)
+    prefix: list[str] = []
+    if os.geteuid() == 0:
+        # The server refuses to run as root.
+        user = pwd.getpwnam("postgres")
+        for path in (folder, secret):
+            os.chown(path, user.pw_uid, user.pw_gid)
+        prefix = ["runuser", "-u", "postgres", "--"]
+
+    def call(name: str, *arguments: str) -> None:
+        done = subprocess.run([*prefix, str(binaries / name), *arguments], cwd=folder, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    data = str(folder / "data")
+    call("initdb", "-D", data, "-U", "tester", "-A", "scram-sha-256", "--pwfile", str(secret), "-E", "UTF8", "-N")
+    options = f"-c listen_addresses='' -c unix_socket_directories='{folder}' -c fsync=off -c shared_buffers=16MB"
+    subprocess.run(
+        [*prefix, str(binaries / "pg_ctl"), "-D", data, "-w", "-l", str(folder / "log"), "-o", options, "start"],
+        cwd=folder,
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
+    yield folder
+    call("pg_ctl", "-D", data, "-m", "immediate", "stop")
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+def url(server: Path) -> str:
+    """An empty database of its own."""
+    execute(server, "DROP DATABASE IF EXISTS bench WITH (FORCE)", "postgres")
+    execute(server, "CREATE DATABASE bench", "postgres")
+    return f"postgresql+psycopg://tester:{QUOTED}@/bench?host={server}"
+
+
+def execute(server: Path, statement: str, database: str = "bench") -> None:
+    address = URL.create("postgresql+psycopg", "tester", PASSWORD, database=database, query={"host": str(server)})
+    engine = create_engine(address, isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        connection.execute(text(statement))
+    engine.dispose()
+
+
+def test_what_went_in_comes_out(url: str) -> None:
+    start, cell = make_run_start(command="caf\udce9\x00"), make_cell()
+    chunks = [make_chunk(broken={0}), make_chunk("apgd-ce", range(1, N), broken={3})]
+    record = make_record(chunks)
+    with Store.open(url, write=True) as store:
+        store.begin_run(start)
+        result_id = finish_cell(store, "run-1", cell, chunks)
+        store.finish_run("run-1", "done", seconds=2.5, flags=[Flag("code", "words")])
+    with Store.open(url.replace("+psycopg", ""), write=False) as store:
+        run, (result,) = store.run("run-1"), store.results()
+        assert (run.model, run.checkpoint, run.protocol) == (start.model, start.checkpoint, start.protocol)
+        assert (run.status, run.results, run.flags) == ("done", (result,), (Flag("code", "words"),))
+        assert (result.result_id, result.cell, result.record) == (result_id, cell, record)
+        assert np.flatnonzero(store.outcomes(result_id).broken).tolist() == [0, 3]
+        assert store.check() == [] and store.claims() == load_claims()
+        with pytest.raises(UsageError, match="was opened for reading"):
+            store.begin_run(start)
+
+
+def test_no_password_in_any_message(url: str, server: Path) -> None:
+    with Store.open(url, write=True) as store:
+        assert store.where == "postgresql+psycopg://tester@/bench"
+    wrong = {
+        url.replace(QUOTED, "wr0ng"): "password authentication failed",
+        url.replace("/bench", "/nothing"): 'database "nothing" does not exist',
+        url.replace(str(server), "/no/such/folder"): "cannot reach postgresql",
+        url + "&password=wr0ng": "password authentication failed",
+    }
+    for where, message in wrong.items():
+        with pytest.raises(UsageError, match=message) as caught:
+            Store.open(where, write=True)
+        line = str(caught.value)
+        assert "\n" not in line and "s3cret" not in line and "wr0ng" not in line
+
+
+def test_databases_of_others_newer_ones_and_empty_ones(url: str, server: Path) -> None:
+    with pytest.raises(UsageError, match="holds no results yet"):
+        Store.open(url, write=False)
+    execute(server, "CREATE TABLE users (id int)")
+    with pytest.raises(UsageError, match=r"is a database of something else .*users"):
+        Store.open(url, write=True)
+    execute(server, "DROP TABLE users")
+    Store.open(url, write=True).close()
+    execute(server, "UPDATE alembic_version SET version_num = '0999'")
+    with pytest.raises(UsageError, match="has schema 0999, newer than"):
+        Store.open(url, write=True)
+
+
+def test_a_user_who_may_only_read(url: str, server: Path) -> None:
+    with Store.open(url, write=True) as store:
+        store.begin_run(make_run_start())
+    execute(server, "DROP ROLE IF EXISTS reader")
+    execute(server, "CREATE ROLE reader LOGIN PASSWORD 'wr0ng'")
+    execute(server, "GRANT SELECT ON ALL TABLES IN SCHEMA public TO reader")
+    reader = f"postgresql+psycopg://reader:wr0ng@/bench?host={server}"
+    with Store.open(reader, write=False) as store:
+        assert len(store.runs()) == 1
+    with pytest.raises(UsageError, match=r"cannot be written .*permission denied"):
+        Store.open(reader, write=True)
+    execute(server, "DROP OWNED BY reader")
+
+
+def test_drivers_that_make_and_fill_one_database_together(url: str) -> None:
+    def work(name: str) -> None:
+        with Store.open(url, write=True) as store:
+            for number in range(4):
+                run_id = f"{name}-{number}"
+                store.begin_run(make_run_start(run_id))
+                finish_cell(store, run_id, make_cell(run_id))
+                store.finish_run(run_id, "done", seconds=1.0)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, "abcd"))
+    with Store.open(url, write=False) as store:
+        assert len(store.results()) == len(store.runs()) == 16 and store.check() == []
+
+
+def test_a_driver_on_another_machine_keeps_its_cell_while_it_commits(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Store.open(url, write=True) as store:
+        store.begin_run(make_run_start("run-far", environment={"host": "far-away", "pid": 1}))
+        store.begin_run(make_run_start())
+        far, _ = store.open_cell("run-far", make_cell(), resume=False)
+        assert store.open_cell("run-1", make_cell("cell-2"), resume=True)[0] != far
+        assert store.open_cell("run-1", make_cell(), resume=True)[0] != far
+        again, _ = store.open_cell("run-far", make_cell("cell-3"), resume=False)
+        monkeypatch.setattr("moebench.store.owner.LEASE", timedelta(0))
+        assert store.open_cell("run-1", make_cell("cell-3"), resume=True)[0] == again
+
+
+def test_a_lock_that_is_not_released_ends_in_one_line(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Store.open(url, write=True) as store, Store.open(url, write=True) as other:
+        monkeypatch.setattr(connect, "_WAIT", 1)
+        with other._database.writing(), pytest.raises(RunError, match="is busy: another process has been writing"):
+            store.begin_run(make_run_start())
+        store.begin_run(make_run_start())
