@@ -1,9 +1,9 @@
 """What an attack is: a start and a step over a state whose tensors all have the sample as first dimension.
 
-The engine owns the loop. It asks an attack to start rows (a row is one sample, or one sample and one target class), advances
-all running rows by one step at a time, judges every image that the attack looked at, drops rows that are broken or at their
-end, and fills the places with rows that wait. Because each row carries its own state and its own random key, a row's
-trajectory does not depend on its neighbours.
+The engine owns the loop. It asks an attack to start rows (a row is one sample, or one sample and one target class),
+advances all running rows by one step at a time, judges every image that the attack looked at, drops rows that are
+broken or at their end, and fills the places with rows that wait. Because each row carries its own state and its own
+random key, a row's trajectory does not depend on its neighbours.
 """
 
 from __future__ import annotations
@@ -154,7 +154,9 @@ class AttackEntry:
         known = self.build.__kwdefaults__ or {}
         for key in settings:
             if key not in known:
-                raise UsageError(f"attack {self.name!r} has no setting {key!r}; it has {', '.join(sorted(known)) or 'none'}")
+                raise UsageError(
+                    f"attack {self.name!r} has no setting {key!r}; it has {', '.join(sorted(known)) or 'none'}"
+                )
         stages = self.build(**{**self.settings, **settings})
         return AttackPlan(self.name, self.summary, stages, self.views, self.paper, self.min_classes)
 

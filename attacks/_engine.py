@@ -1,14 +1,15 @@
 """The engine: runs an attack's rows to their end with full batches, and judges every image that the attack looks at.
 
-One engine for all attacks and all views. A sample leaves the moment it is broken; the places of rows that are broken or at
-their end are taken by rows that wait, and what is left to try on a broken sample is not tried. Neither changes a verdict:
-rows do not depend on each other, and nothing that comes after success could undo it.
+One engine for all attacks and all views. A sample leaves the moment it is broken; the places of rows that are broken
+or at their end are taken by rows that wait, and what is left to try on a broken sample is not tried. Neither changes
+a
+verdict: rows do not depend on each other, and nothing that comes after success could undo it.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from typing_extensions import override
 
 from moebench.attacks._base import Attack, Loss, Oracle, Rows, State
 from moebench.attacks._random import sample_keys
@@ -43,7 +45,10 @@ class Samples:
 
 @dataclass(frozen=True)
 class Finished:
-    """Samples whose stage is over; all tensors are (m, …). `adv_pred` of a standing sample is its label; `x_adv` is the adversarial image or the last one tried."""
+    """Samples whose stage is over; all tensors are (m, …).
+
+    `adv_pred` of a standing sample is its label; `x_adv` is the adversarial image, or the strongest one tried.
+    """
 
     index: Tensor
     broken: Tensor
@@ -57,8 +62,14 @@ class Finished:
 Sink = Callable[[Finished], None]
 
 
+def batches(tensor: Tensor, size: int) -> Iterator[Tensor]:
+    """Consecutive parts of up to `size` rows."""
+    for start in range(0, len(tensor), size):
+        yield tensor[start : start + size]
+
+
 class Judge:
-    """Decides success: inside the threat model, and wrong on the whole model in float32, in a forward pass of its own."""
+    """Decides success: inside the threat model, and wrong on the whole model in float32, in a pass of its own."""
 
     def __init__(self, model: nn.Module, samples: Samples, threat: ThreatModel) -> None:
         self.model = model
@@ -114,6 +125,7 @@ class Engine(Oracle):
 
     # What an attack asks for.
 
+    @override
     def logits(self, x: Tensor, rows: Rows) -> Tensor:
         with torch.no_grad():
             out = self._timed(lambda: self.view.logits(x, rows.index))
@@ -121,6 +133,7 @@ class Engine(Oracle):
         self._look(x, rows, out)
         return out
 
+    @override
     def gradient(self, x: Tensor, rows: Rows, loss: Loss) -> tuple[Tensor, Tensor, Tensor]:
         x = x.detach().requires_grad_()
 
@@ -166,26 +179,23 @@ class Engine(Oracle):
             keep = self._retire(attack, state, rows, ended, left)
             rows, state = (rows.take(keep), state.take(keep)) if len(keep) < len(rows) else (rows, state)
             now = time.perf_counter()
-            if now - last_flush >= self.flush_seconds:
-                self._flush(handed, left, now - last_flush, sink)
+            if now - last_flush >= self.flush_seconds and self._flush(handed, left, now - last_flush, sink):
                 last_flush = now
         self._flush(handed, left, time.perf_counter() - last_flush, sink)
 
     def _units(self, attack: Attack, index: Tensor) -> Rows:
-        """All rows of a stage, in the order in which they start: every sample's first target, then the second ones, …"""
+        """All rows of a stage in the order in which they start: the first target of every sample, then the second."""
         targets = self._targets(attack, index)
         width = 1 if targets is None else targets.shape[1]
         order = index.repeat(width)
-        keys = [
-            sample_keys(self.seed, f"{attack.stage}/{number}", self.samples.ids[index]) for number in range(width)
-        ]
+        keys = [sample_keys(self.seed, f"{attack.stage}/{number}", self.samples.ids[index]) for number in range(width)]
         aims = torch.full_like(order, -1) if targets is None else targets.t().reshape(-1)
         return Rows(order, self.samples.x[order], self.samples.y[order], aims, torch.cat(keys))
 
     @torch.no_grad()
     def _targets(self, attack: Attack, index: Tensor) -> Tensor | None:
         found = []
-        for part in index.split(self.batch_size):
+        for part in batches(index, self.batch_size):
             targets = attack.targets(self.view.logits(self.samples.x[part], part), self.samples.y[part])
             if targets is None:
                 return None
@@ -223,16 +233,24 @@ class Engine(Oracle):
             left.index_add_(0, at, torch.full_like(at, -1))
         return (~(ended | broken)).nonzero().squeeze(1)
 
-    def _flush(self, handed: Tensor, left: Tensor, seconds: float, sink: Sink) -> None:
+    def _flush(self, handed: Tensor, left: Tensor, seconds: float, sink: Sink) -> bool:
+        """Hands over what is decided and was not handed over before; says whether there was any."""
         done = ~handed & (self.broken | (left <= 0))
         at = done.nonzero().squeeze(1)
         handed |= done
         if len(at) > 0:
             sink(
                 Finished(
-                    at, self.broken[at], self.adv_pred[at], self.x_adv[at], self.forwards[at], self.backwards[at], seconds
+                    at,
+                    self.broken[at],
+                    self.adv_pred[at],
+                    self.x_adv[at],
+                    self.forwards[at],
+                    self.backwards[at],
+                    seconds,
                 )
             )
+        return len(at) > 0
 
     # Judging.
 
@@ -277,4 +295,3 @@ def to_samples(
     return Samples(
         torch.from_numpy(images).to(device), torch.from_numpy(labels).to(device), torch.from_numpy(ids).to(device)
     )
-

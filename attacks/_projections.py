@@ -22,8 +22,8 @@ def l2_norm(v: Tensor) -> Tensor:
 def project(x_adv: Tensor, x: Tensor, threat: ThreatModel) -> Tensor:
     """The nearest point of the ball around x, then of the box.
 
-    For Linf this is the nearest point of their intersection; for L2, clipping to the box after scaling stays inside the ball
-    because x itself is in the box.
+    For Linf this is the nearest point of their intersection; for L2, clipping to the box after scaling stays inside
+    the ball because x itself is in the box.
 
     Args:
         x_adv: points, (B, …), in units of the [0, 1] pixel scale.

@@ -1,7 +1,9 @@
 """Random numbers that belong to a sample, not to a batch.
 
-Every draw is a hash of (key, counter, position), so a sample sees the same noise whatever its neighbours, the batch size or
-the order of work, and rows can join and leave a running batch. The hash is SplitMix64 (Steele, Lea and Flood, OOPSLA 2014).
+Every draw is a hash of (key, counter, position), so a sample sees the same noise whatever its neighbours, the batch
+size or the order of work, and rows can join and leave a running batch. The hash is SplitMix64 (Steele, Lea and Flood,
+OOPSLA
+2014).
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ def _mix(z: Tensor) -> Tensor:
 
 
 def sample_keys(seed: int, stream: str, index: Tensor) -> Tensor:
-    """One key per sample, (B,) int64, from a seed, the name of the stream (attack and stage) and the sample's number."""
+    """One key per sample, (B,) int64, from a seed, the name of the stream and the number of the sample."""
     digest = hashlib.sha256(f"{seed}/{stream}".encode()).digest()
     root = int.from_bytes(digest[:8], "little", signed=True)
     return _mix(_mix(index.to(torch.int64) * _GOLDEN) ^ root)

@@ -1,7 +1,7 @@
 """The same attacks through the libraries that others trust, for comparison and for doubt.
 
-pyautoattack (the AutoAttack authors' code) runs APGD, FAB and Square; torchattacks runs FGSM and PGD. Their verdicts are
-theirs; whether an image counts is decided by the same judge as always.
+pyautoattack (the AutoAttack authors' code) runs APGD, FAB and Square; torchattacks runs FGSM and PGD. Their verdicts
+are theirs; whether an image counts is decided by the same judge as always.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from moebench.attacks._base import Attack, AttackPlan
-from moebench.attacks._engine import Engine, Finished, Sink
+from moebench.attacks._engine import Engine, Finished, Sink, batches
 from moebench.attacks._views import View
 from moebench.attacks.apgd import APGD
 from moebench.attacks.fab import FAB
@@ -40,7 +40,7 @@ class _Contiguous(torch.autograd.Function):
 
 
 class ReferenceModel(nn.Module):
-    """A view as the plain model that the libraries expect; counts passes, and hands out logits that may be overwritten."""
+    """A view as the plain model that the libraries expect; counts passes, and its logits may be overwritten."""
 
     def __init__(self, view: View, device: torch.device) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class ReferenceModel(nn.Module):
         if x.requires_grad:
             self.backwards += len(x)
         nowhere = torch.empty(0, dtype=torch.int64, device=x.device)
-        logits: Tensor = self.view.logits(_Contiguous.apply(x), nowhere)  # type: ignore[no-untyped-call]
+        logits: Tensor = self.view.logits(_Contiguous.apply(x), nowhere)
         return logits.clone()
 
 
@@ -67,7 +67,8 @@ def check_reference(plan: AttackPlan, view: str) -> None:
     """
     if view in ("router", "experts"):
         raise UsageError(
-            f"view {view!r} holds clean routing per sample, which pyautoattack and torchattacks cannot pass on; use --engine native"
+            f"view {view!r} holds clean routing per sample, which pyautoattack and torchattacks cannot pass on; "
+            "use --engine native"
         )
     for stage in plan.stages:
         if not isinstance(stage, (APGD, FAB, PGD, Square)):
@@ -76,7 +77,7 @@ def check_reference(plan: AttackPlan, view: str) -> None:
 
 def run_reference(stage: Attack, engine: Engine, index: Tensor, sink: Sink) -> None:
     """Runs one stage through a library, batch by batch, on the samples `index`, and judges what comes back."""
-    for part in index.split(engine.batch_size):
+    for part in batches(index, engine.batch_size):
         begin = time.perf_counter()
         model = ReferenceModel(engine.view, index.device)
         x, y = engine.samples.x[part], engine.samples.y[part]

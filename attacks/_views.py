@@ -1,7 +1,7 @@
 """Views: what an attack is shown of a model.
 
-A component attack is an ordinary attack on another view; what counts is always the whole model. A view takes images and the
-numbers of their samples, because it may hold what it computed on the clean samples.
+A component attack is an ordinary attack on another view; what counts is always the whole model. A view takes images
+and the numbers of their samples, because it may hold what it computed on the clean samples.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from moebench.errors import UsageError
 from moebench.models._moe import (
@@ -53,9 +54,11 @@ class WholeView(View):
     """The model as it is."""
 
     @property
+    @override
     def is_whole(self) -> bool:
         return True
 
+    @override
     def logits(self, x: Tensor, index: Tensor) -> Tensor:
         out: Tensor = self.model(x)
         return out
@@ -68,6 +71,7 @@ class FunctionView(View):
         super().__init__(name, model)
         self._forward = forward
 
+    @override
     def logits(self, x: Tensor, index: Tensor) -> Tensor:
         return self._forward(x)
 
@@ -78,6 +82,7 @@ class RouterView(View):
     Soft routing stands in for top-k, whose selection has no gradient.
     """
 
+    @override
     def prepare(self, x: Tensor) -> None:
         self._clean = x
         self._outputs: Mapping[str, Tensor] | None = None
@@ -85,6 +90,7 @@ class RouterView(View):
             with torch.no_grad():
                 self._outputs = self.model.expert_outputs(x)
 
+    @override
     def logits(self, x: Tensor, index: Tensor) -> Tensor:
         tape = route(self.model, x, soft=True)
         if self._outputs is None:
@@ -96,10 +102,12 @@ class RouterView(View):
 class ExpertsView(View):
     """The clean image steers the routing, the experts see the attacked one: gives RA-E."""
 
+    @override
     def prepare(self, x: Tensor) -> None:
         with torch.no_grad():
             self._tape: Tape = route(self.model, x)
 
+    @override
     def logits(self, x: Tensor, index: Tensor) -> Tensor:
         tape: Mapping[str, Routing] = {layer: routing.take(index) for layer, routing in self._tape.items()}
         return replay(self.model, x, dict(tape))
@@ -114,7 +122,9 @@ def applicable_views(model: nn.Module) -> list[str]:
     if len(layers) == 1:
         names += [f"expert[{number}]" for number in range(len(next(iter(layers.values())).experts))]
     else:
-        names += [f"expert[{layer}:{number}]" for layer, module in layers.items() for number in range(len(module.experts))]
+        names += [
+            f"expert[{layer}:{number}]" for layer, module in layers.items() for number in range(len(module.experts))
+        ]
     return names
 
 

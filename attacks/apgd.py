@@ -12,6 +12,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from moebench.attacks._base import Attack, Loss, Oracle, Rows, State, register_attack
 from moebench.attacks._losses import cross_entropy, dlr, targeted_dlr
@@ -82,14 +83,17 @@ class APGD(Attack):
     target_classes: int = 9
 
     @property
+    @override
     def stage(self) -> str:
         return {"ce": "apgd-ce", "dlr": "apgd-dlr", "dlr-targeted": "apgd-t"}[self.loss]
 
+    @override
     def targets(self, logits: Tensor, y: Tensor) -> Tensor | None:
         if self.loss != "dlr-targeted":
             return None
         return likely_classes(logits, self.target_classes)
 
+    @override
     def start(self, rows: Rows, oracle: Oracle) -> APGDState:
         x = start_on_sphere(rows, oracle.threat)
         _, loss, gradient = oracle.gradient(x, rows, self._loss())
@@ -110,6 +114,7 @@ class APGD(Attack):
             loss_max_checkpoint=loss.clone(),
         )
 
+    @override
     def step(self, state: APGDState, rows: Rows, oracle: Oracle) -> Tensor:
         x_new = self._move(state, rows, oracle.threat)
         state.x_old, state.x = state.x, x_new
@@ -130,15 +135,17 @@ class APGD(Attack):
         state.k = state.k + 1
         return last
 
+    @override
     def budget(self) -> tuple[int, int]:
         units = self.target_classes if self.loss == "dlr-targeted" else 1
         return units * (self.steps + 1) + 2, units * self.steps
 
+    @override
     def final(self, state: APGDState) -> Tensor:
         return state.x_max
 
     def _move(self, state: APGDState, rows: Rows, threat: ThreatModel) -> Tensor:
-        """z = P(x + eta g), then x + a (z - x) + (1 - a) (x - x_old), projected; a = 1 in the first iteration."""
+        """Z = P(x + eta g), then x + a (z - x) + (1 - a) (x - x_old), projected; a = 1 in the first iteration."""
         momentum = expand(torch.where(state.k > 0, 0.75, 1.0), state.x)
         eta = expand(state.step_size, state.x)
         direction = state.gradient.sign() if threat.norm == "Linf" else _unit(state.gradient)
@@ -214,13 +221,17 @@ def apgd_ce(*, steps: int = 100) -> tuple[Attack, ...]:
     return (APGD(loss="ce", steps=steps),)
 
 
-@register_attack("apgd-dlr", summary="Auto-PGD on the difference of logits ratio, 100 steps", min_classes=3, paper=CROCE_2020)
+@register_attack(
+    "apgd-dlr", summary="Auto-PGD on the difference of logits ratio, 100 steps", min_classes=3, paper=CROCE_2020
+)
 def apgd_dlr(*, steps: int = 100) -> tuple[Attack, ...]:
     """Auto-PGD on the difference of logits ratio."""
     return (APGD(loss="dlr", steps=steps),)
 
 
-@register_attack("apgd-t", summary="Auto-PGD on the targeted DLR, 9 targets, 100 steps", min_classes=4, paper=CROCE_2020)
+@register_attack(
+    "apgd-t", summary="Auto-PGD on the targeted DLR, 9 targets, 100 steps", min_classes=4, paper=CROCE_2020
+)
 def apgd_t(*, steps: int = 100, target_classes: int = 9) -> tuple[Attack, ...]:
     """Targeted Auto-PGD over the most likely wrong classes."""
     return (APGD(loss="dlr-targeted", steps=steps, target_classes=target_classes),)

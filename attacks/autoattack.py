@@ -1,6 +1,7 @@
 """AutoAttack, standard version: four attacks in a row on the samples still standing (Croce and Hein, 2020).
 
-The only thing that moebench calls AutoAttack. Constants are those of the published standard version and pinned by a test.
+The only thing that moebench calls AutoAttack. Constants are those of the published standard version and pinned by a
+test.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from moebench.attacks._base import Attack, Oracle, Rows, State, register_attack
 from moebench.attacks._losses import margin_to_target
@@ -39,7 +40,8 @@ class FABState(State):
     Attributes:
         x: the current image.
         updates: iterations made.
-        fresh: x is the result of an iteration and has yet to be tested; else it was moved back and is only a base point.
+        fresh: x is the result of an iteration and has yet to be tested; else it was moved back and is only a base
+            point.
         crossed: the last tested image was adversarial, so the next one probably is.
     """
 
@@ -53,9 +55,9 @@ class FABState(State):
 class FAB(Attack):
     """Targeted FAB, one run from the clean image.
 
-    A tested image that is not adversarial is the base of the next iteration, so its forward pass serves both. One that is
-    adversarial beyond eps is moved back towards the clean image by beta. The engine drops a row as soon as an adversarial image
-    within eps is seen; how much nearer one could come does not matter here.
+    A tested image that is not adversarial is the base of the next iteration, so its forward pass serves both. One
+    that is adversarial beyond eps is moved back towards the clean image by beta. The engine drops a row as soon as an
+    adversarial image within eps is seen; how much nearer one could come does not matter here.
 
     Args:
         steps: iterations.
@@ -72,19 +74,23 @@ class FAB(Attack):
     target_classes: int = 9
 
     @property
+    @override
     def stage(self) -> str:
         return "fab-t"
 
+    @override
     def targets(self, logits: Tensor, y: Tensor) -> Tensor | None:
         return likely_classes(logits, self.target_classes)
 
+    @override
     def start(self, rows: Rows, oracle: Oracle) -> FABState:
         size, device = len(rows), rows.x.device
         no = torch.zeros(size, dtype=torch.bool, device=device)
         return FABState(rows.x.clone(), torch.zeros(size, dtype=torch.int64, device=device), no, no.clone())
 
+    @override
     def step(self, state: FABState, rows: Rows, oracle: Oracle) -> Tensor:
-        """Tests rows that are likely adversarial (or at their end) by a forward pass alone, then iterates the others."""
+        """Tests likely adversarial rows, and those at their end, by a forward pass alone; iterates the others."""
         ended = torch.zeros(len(rows), dtype=torch.bool, device=state.x.device)
         at_end = state.updates >= self.steps
         probe = (state.fresh & (state.crossed | at_end)).nonzero().squeeze(1)
@@ -96,9 +102,11 @@ class FAB(Attack):
             self._iterate(state, rows, going, oracle)
         return ended
 
+    @override
     def budget(self) -> tuple[int, int]:
         return self.target_classes * 2 * self.steps + 2, self.target_classes * self.steps
 
+    @override
     def final(self, state: FABState) -> Tensor:
         return state.x
 
@@ -111,7 +119,7 @@ class FAB(Attack):
         state.fresh[at] = False
 
     def _iterate(self, state: FABState, rows: Rows, going: Tensor, oracle: Oracle) -> None:
-        """One linearisation and step; a fresh image that turns out adversarial is moved back and waits for the next step."""
+        """One linearisation and step; a fresh image that turns out adversarial is moved back and waits."""
         subset = rows.take(going)
         x = state.x[going]
         logits, difference, gradient = oracle.gradient(x, subset, margin_to_target)
@@ -140,8 +148,8 @@ class FAB(Attack):
 def project_on_hyperplane(points: Tensor, w: Tensor, level: Tensor, norm: Norm) -> Tensor:
     """The shortest step from each point to the hyperplane w·z = level inside the box [0, 1].
 
-    Along the optimal direction, coordinate i moves by min(lambda, cap_i) for Linf and min(lambda |w_i|, cap_i) for L2, where
-    cap_i is its room to the face of the box; lambda is where the piecewise linear gain meets the gap.
+    Along the optimal direction, coordinate i moves by min(lambda, cap_i) for Linf and min(lambda |w_i|, cap_i) for
+    L2, where cap_i is its room to the face of the box; lambda is where the piecewise linear gain meets the gap.
 
     Args:
         points: (R, D) in [0, 1].

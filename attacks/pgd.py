@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from moebench.attacks._base import Attack, Oracle, Rows, State, register_attack
 from moebench.attacks._losses import cross_entropy
@@ -68,14 +69,17 @@ class PGD(Attack):
     random_start: bool = True
 
     @property
+    @override
     def stage(self) -> str:
         return "pgd" if self.random_start else "fgsm"
 
+    @override
     def start(self, rows: Rows, oracle: Oracle) -> PGDState:
         x = random_start(rows.x, rows.key, oracle.threat) if self.random_start else rows.x.clone()
         count = torch.zeros(len(rows), dtype=torch.int64, device=x.device)
         return PGDState(x, count, x.clone(), torch.full((len(rows),), float("-inf"), device=x.device))
 
+    @override
     def step(self, state: PGDState, rows: Rows, oracle: Oracle) -> Tensor:
         ended = state.step == self.steps
         if bool(ended.all()):
@@ -89,9 +93,11 @@ class PGD(Attack):
         state.step = state.step + 1
         return ended
 
+    @override
     def budget(self) -> tuple[int, int]:
         return self.steps + 2, self.steps
 
+    @override
     def final(self, state: PGDState) -> Tensor:
         return state.x_best
 

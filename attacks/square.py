@@ -16,6 +16,7 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from moebench.attacks._base import Attack, Oracle, Rows, State, register_attack
 from moebench.attacks._losses import margin
@@ -62,18 +63,23 @@ class Square(Attack):
     p_init: float = 0.8
 
     @property
+    @override
     def stage(self) -> str:
         return "square"
 
+    @override
     def start(self, rows: Rows, oracle: Oracle) -> SquareState:
         threat = oracle.threat
         x = _stripes(rows, threat) if threat.norm == "Linf" else _tiles(rows, threat)
         loss = margin(oracle.logits(x, rows), rows)
         return SquareState(x, loss, torch.zeros(len(rows), dtype=torch.int64, device=x.device))
 
+    @override
     def step(self, state: SquareState, rows: Rows, oracle: Oracle) -> Tensor:
         smallest = 1 if oracle.threat.norm == "Linf" else 3
-        sides = patch_sides(self.queries, self.p_init, smallest, rows.x.shape[2], rows.x.shape[3], state.x.device)[state.queries]
+        sides = patch_sides(self.queries, self.p_init, smallest, rows.x.shape[2], rows.x.shape[3], state.x.device)[
+            state.queries
+        ]
         propose = _propose_linf if oracle.threat.norm == "Linf" else _propose_l2
         x_new = propose(state, rows, sides, oracle.threat)
         loss = margin(oracle.logits(x_new, rows), rows)
@@ -83,9 +89,11 @@ class Square(Attack):
         state.queries = state.queries + 1
         return state.queries >= self.queries
 
+    @override
     def budget(self) -> tuple[int, int]:
         return self.queries + 2, 0
 
+    @override
     def final(self, state: SquareState) -> Tensor:
         return state.x
 
@@ -180,13 +188,13 @@ def _pyramids_in(patch: Tensor, sides: Tensor, turned: Tensor) -> Tensor:
 
 
 def _groups(sides: Tensor) -> Iterator[tuple[int, Tensor]]:
-    for side in sides.unique().tolist():
-        yield int(side), (sides == side).nonzero().squeeze(1)
+    for side in sorted(set(sides.tolist())):
+        yield side, (sides == side).nonzero().squeeze(1)
 
 
 @lru_cache(maxsize=64)
 def pyramid(side: int, device: torch.device) -> Tensor:
-    """Two stepped pyramids of opposite sign, one above the other, with norm 1, (side, side): the L2 update of the paper."""
+    """The L2 update: two stepped pyramids of opposite sign, one above the other, with norm 1, (side, side)."""
     half = side // 2
     parts = ([_steps(half, side)] if half > 0 else []) + [-_steps(side - half, side)]
     whole = torch.cat([part / part.square().sum().sqrt() for part in parts])
@@ -199,7 +207,9 @@ def _steps(height: int, width: int) -> Tensor:
     out = torch.zeros(height, width)
     for ring in range(max(middle_y, middle_x) + 1):
         top, left = middle_y - ring, middle_x - ring
-        out[max(top, 0) : min(top + 2 * ring + 1, height), max(left, 0) : min(left + 2 * ring + 1, width)] += 1 / (ring + 1) ** 2
+        out[max(top, 0) : min(top + 2 * ring + 1, height), max(left, 0) : min(left + 2 * ring + 1, width)] += (
+            1 / (ring + 1) ** 2
+        )
     return out
 
 

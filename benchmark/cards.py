@@ -56,7 +56,8 @@ def _architecture(entry: ModelEntry) -> Iterator[str]:
 def _layer(layer: MoELayer) -> str:
     each = sum(p.numel() for p in layer.experts[0].parameters())
     router = sum(p.numel() for p in layer.router.parameters())
-    return f"{len(layer.experts)} experts of {each:,} parameters, top-{layer.top_k}, router of {router:,} ({layer.router_mode})"
+    experts = f"{len(layer.experts)} experts of {each:,} parameters, top-{layer.top_k}"
+    return f"{experts}, router of {router:,} ({layer.router_mode})"
 
 
 def _recipe(entry: ModelEntry) -> Iterator[str]:
@@ -80,8 +81,8 @@ def _weights(entry: ModelEntry) -> Iterator[str]:
         threat = ThreatModel(**card["threat"])
         yield f"  {path.parent.name}: sha256 {card['sha256']}, seed {card['seed']}, trained for {threat}"
         yield (
-            f"    epoch {chosen['epoch']} of {card['recipe']['epochs']}, chosen by {chosen['selected_by']} accuracy on the "
-            f"validation split: clean {chosen['clean']:.2%}, {chosen['attack']} {chosen['robust']:.2%}"
+            f"    epoch {chosen['epoch']} of {card['recipe']['epochs']}, chosen by {chosen['selected_by']} accuracy "
+            f"on the validation split: clean {chosen['clean']:.2%}, {chosen['attack']} {chosen['robust']:.2%}"
         )
     if not found:
         yield "  none"

@@ -1,4 +1,4 @@
-"""One cell of an evaluation: an attack on a view, run stage by stage, committed as it goes, resumed where it stopped."""
+"""One cell: an attack on a view, run stage by stage, committed as it goes, resumed where it stopped."""
 
 from __future__ import annotations
 
@@ -25,7 +25,10 @@ Tell = Callable[[str, int, int, int], None]
 
 @dataclass(frozen=True)
 class CellWork:
-    """What a cell needs. `clean_pred` (N,) are the whole model's predictions; `tell(stage, done, n, standing)` reports."""
+    """What a cell needs.
+
+    `clean_pred` (N,) are the whole model's predictions; `tell(stage, done, n, standing)` reports progress.
+    """
 
     plan: AttackPlan
     cell: CellSpec
@@ -41,8 +44,8 @@ class CellWork:
 class CellOutcome:
     """The state of a cell per sample while it runs and when it is over; all tensors are (N, …).
 
-    `broken` includes samples that were wrong from the start. After resuming, `x_adv` of samples decided earlier is their
-    clean image.
+    `broken` includes samples that were wrong from the start. After resuming, `x_adv` of samples decided earlier is
+    their clean image.
     """
 
     x_adv: Tensor

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from moebench.attacks._engine import Samples
+from moebench.attacks._engine import Samples, batches
 from moebench.errors import UsageError
 
 
@@ -23,7 +23,7 @@ def clean_logits(model: nn.Module, samples: Samples, num_classes: int, batch_siz
         UsageError: the model fails, or returns something else than finite logits (B, K) that depend on the image alone.
     """
     parts = []
-    for x in samples.x.split(batch_size):
+    for x in batches(samples.x, batch_size):
         try:
             out = model(x)
         except Exception as error:
@@ -45,9 +45,13 @@ def check_logits(out: object, batch: int, num_classes: int) -> None:
         raise UsageError(f"the model returns {type(out).__name__}; expected a tensor of logits (batch, classes)")
     shape = "×".join(map(str, out.shape))
     if out.dim() != 2 or out.shape[0] != batch or not out.is_floating_point():
-        raise UsageError(f"the model returns {out.dtype} of shape {shape} for {batch} images; expected float logits {batch}×classes")
+        raise UsageError(
+            f"the model returns {out.dtype} of shape {shape} for {batch} images; expected float logits {batch}×classes"
+        )
     if out.shape[1] < num_classes:
-        raise UsageError(f"the model has {out.shape[1]} classes and the data set {num_classes}; labels would be out of range")
+        raise UsageError(
+            f"the model has {out.shape[1]} classes and the data set {num_classes}; labels would be out of range"
+        )
     if not bool(torch.isfinite(out).all()):
         raise UsageError("the model returns NaN or infinite logits on clean images; nothing can be measured on it")
 

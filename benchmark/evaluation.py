@@ -40,7 +40,8 @@ from moebench.summary import Summary, summarise
 class EvalSpec:
     """What to evaluate; the fields are the options of `moebench evaluate`.
 
-    `views` is empty for the model's default views, `eps` None for the data set's default radius, `n` None for all samples.
+    `views` is empty for the model's default views, `eps` None for the data set's default radius, `n` None for all
+    samples.
     """
 
     model: str
@@ -105,11 +106,10 @@ def evaluate(spec: EvalSpec, listener: Listener | None = None) -> Summary:
         UsageError: something that was asked for cannot be done; nothing is written.
         RunError: the work failed on the way; what was finished is kept.
     """
-    plans = parse_attacks(spec.attacks)
+    prepared = prepare(spec, parse_attacks(spec.attacks))
+    if spec.save_adv is not None:
+        _check_writable(spec.save_adv)
     with Store.open(spec.db, write=True) as store:
-        prepared = prepare(spec, plans)
-        if spec.save_adv is not None:
-            _check_writable(spec.save_adv)
         return _run(prepared, store, listener)
 
 
@@ -132,7 +132,9 @@ def prepare(spec: EvalSpec, plans: Sequence[AttackPlan]) -> Prepared:
     logits = clean_logits(loaded.module, samples, dataset.num_classes, spec.batch_size)
     for plan in plans:
         if logits.shape[1] < plan.min_classes:
-            raise UsageError(f"attack {plan.name!r} needs at least {plan.min_classes} classes; this model has {logits.shape[1]}")
+            raise UsageError(
+                f"attack {plan.name!r} needs at least {plan.min_classes} classes; this model has {logits.shape[1]}"
+            )
     protocol = ProtocolRecord(
         dataset.name, dataset.split, dataset.sha256, len(dataset), dataset.num_classes, dataset.class_names, threat
     )
@@ -233,9 +235,7 @@ def _fail(store: Store, run_id: str, error: BaseException, seconds: float) -> No
         store.finish_run(run_id, "failed", seconds=seconds, error=text.splitlines()[0])
 
 
-def _work(
-    prepared: Prepared, plan: AttackPlan, cell: CellSpec, number: int, listener: Listener | None
-) -> CellWork:
+def _work(prepared: Prepared, plan: AttackPlan, cell: CellSpec, number: int, listener: Listener | None) -> CellWork:
     def tell(stage: str, done: int, n: int, standing: int) -> None:
         if listener is not None:
             listener(Progress(number, len(prepared.cells), plan.name, cell.view, stage, done, n, standing))
@@ -264,7 +264,7 @@ def save_adversarial(path: Path, prepared: Prepared, outcomes: Sequence[CellOutc
         broke = outcome.broken
         x_adv[broke], pred[broke] = outcome.x_adv[broke], outcome.adv_pred[broke]
         robust &= ~broke
-    arrays = {
+    arrays: dict[str, Any] = {
         "x_adv": x_adv.cpu().numpy().astype(np.float32),
         "y": prepared.dataset.labels,
         "clean_pred": prepared.clean_pred.cpu().numpy(),
@@ -292,7 +292,9 @@ def _check_writable(path: Path) -> None:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise UsageError(f"cannot write {path}: {error.strerror or error}; choose another place for --save-adv") from None
+        raise UsageError(
+            f"cannot write {path}: {error.strerror or error}; choose another place for --save-adv"
+        ) from None
 
 
 @dataclass(frozen=True)
@@ -320,7 +322,9 @@ def plan_only(spec: EvalSpec) -> list[PlannedCell]:
     for plan, cell in prepared.cells:
         forwards, backwards = (sum(passes) for passes in zip(*(stage.budget() for stage in plan.stages), strict=True))
         there = cell.fingerprint in stored
-        planned.append(PlannedCell(plan.name, cell.view, len(prepared.samples), correct * forwards, correct * backwards, there))
+        planned.append(
+            PlannedCell(plan.name, cell.view, len(prepared.samples), correct * forwards, correct * backwards, there)
+        )
     return planned
 
 

@@ -1,4 +1,4 @@
-"""Turns what the user names as a model into a network ready to be evaluated: registered, from a file, or from a module."""
+"""Turns the name of a model into a network ready to be evaluated: registered, from a file, or from a module."""
 
 from __future__ import annotations
 
@@ -38,7 +38,12 @@ class LoadedModel:
 
 
 def load(
-    name: str, dataset: Dataset, *, weights: Path | None = None, settings: Mapping[str, Any] | None = None, device: str = "cpu"
+    name: str,
+    dataset: Dataset,
+    *,
+    weights: Path | None = None,
+    settings: Mapping[str, Any] | None = None,
+    device: str = "cpu",
 ) -> LoadedModel:
     """Loads a model for a data set.
 
@@ -90,7 +95,9 @@ def _from_registry(name: str, dataset: Dataset, weights: Path | None, settings: 
     load_into(module, state, str(path))
     origin = "shipped" if weights is None else path.name
     recipe = {key: card.get(key) for key in ("recipe", "settings", "seed", "validation", "command", "initialised_from")}
-    checkpoint = _checkpoint(module, card["sha256"], name, card.get("dataset"), origin, dataset, recipe, card.get("log", ()))
+    checkpoint = _checkpoint(
+        module, card["sha256"], name, card.get("dataset"), origin, dataset, recipe, card.get("log", ())
+    )
     return LoadedModel(module, entry.record(), checkpoint, f"{name}/{entry.version}/{sorted(settings.items())}")
 
 
@@ -128,7 +135,9 @@ def _import(source: str) -> tuple[ModuleType, str]:
         return module, _source_hash(getattr(module, "__file__", None), source)
     path = Path(source)
     if not path.is_file():
-        raise UsageError(f"no file {source}; --model takes a registered name, FILE.py:FACTORY or package.module:FACTORY")
+        raise UsageError(
+            f"no file {source}; --model takes a registered name, FILE.py:FACTORY or package.module:FACTORY"
+        )
     name = f"moebench_user_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
@@ -192,7 +201,7 @@ def _idle_parameters(module: nn.Module) -> int:
 
 
 def count_flops(module: nn.Module, shape: tuple[int, int, int]) -> int | None:
-    """Floating-point operations of one sample's forward pass, by torch's counter; None where the model refuses zeros."""
+    """Floating-point operations of one sample's forward pass by torch's counter; None where zeros are refused."""
     from torch.utils.flop_counter import FlopCounterMode
 
     training = module.training
@@ -202,7 +211,8 @@ def count_flops(module: nn.Module, shape: tuple[int, int, int]) -> int | None:
             module.eval()(torch.zeros(1, *shape, device=device))
         return int(counter.get_total_flops())
     except Exception:
-        # Any failure of the model on real images is reported by the checks that follow; here the number is only missing.
+        # Any failure of the model on real images is reported by the checks that follow; here the number is only
+        # missing.
         return None
     finally:
         module.train(training)

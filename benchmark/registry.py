@@ -21,6 +21,7 @@ from typing import Any, Generic, TypeVar
 from moebench.errors import UsageError
 
 T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
@@ -62,15 +63,17 @@ class Registry(Generic[T]):
         """
         if name in self._origins and self._origins[name] != origin:
             raise UsageError(
-                f"{self.kind} {name!r} is registered twice, in {self._origins[name]} and in {origin}; rename one of them"
+                f"{self.kind} {name!r} is registered twice, in {self._origins[name]} and in {origin}; rename one"
             )
         self._origins[name] = origin
         self._members[name] = member
 
     def names(self) -> list[str]:
+        """All names, in the order of their declaration."""
         return list(self._declarations())
 
     def declarations(self) -> list[Declaration]:
+        """All names with what their source says of them."""
         return list(self._declarations().values())
 
     def __contains__(self, name: object) -> bool:
@@ -88,7 +91,9 @@ class Registry(Generic[T]):
                 raise UsageError(self.unknown(name))
             importlib.import_module(declaration.module)
         if name not in self._members:
-            raise UsageError(f"{self.kind} {name!r} is announced by its package but {self._origin(name)} does not register it")
+            raise UsageError(
+                f"{self.kind} {name!r} is announced by its package but {self._origin(name)} does not register it"
+            )
         return self._members[name]
 
     def unknown(self, name: str) -> str:
@@ -107,8 +112,8 @@ class Registry(Generic[T]):
                 other = self._declared.get(declaration.name)
                 if other is not None:
                     raise UsageError(
-                        f"{self.kind} {declaration.name!r} is declared twice, in {other.origin} and in {declaration.origin}; "
-                        "rename one of them"
+                        f"{self.kind} {declaration.name!r} is declared twice, in {other.origin} and in "
+                        f"{declaration.origin}; rename one of them"
                     )
                 self._declared[declaration.name] = declaration
         return self._declared
@@ -122,7 +127,9 @@ class Registry(Generic[T]):
         if self._group is None:
             return
         for point in entry_points(group=self._group):
-            yield Declaration(point.name, _module(point), f"entry point {point.value}", {"summary": f"from {_distribution(point)}"})
+            yield Declaration(
+                point.name, _module(point), f"entry point {point.value}", {"summary": f"from {_distribution(point)}"}
+            )
 
 
 def scan(path: Path, module: str, decorator: str) -> Iterator[Declaration]:
@@ -132,7 +139,9 @@ def scan(path: Path, module: str, decorator: str) -> Iterator[Declaration]:
             if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == decorator):
                 continue
             name = ast.literal_eval(call.args[0])
-            facts = {word.arg: ast.literal_eval(word.value) for word in call.keywords if word.arg and _literal(word.value)}
+            facts = {
+                word.arg: ast.literal_eval(word.value) for word in call.keywords if word.arg and _literal(word.value)
+            }
             yield Declaration(name, module, f"{path.name}:{call.lineno}", facts)
 
 
@@ -152,7 +161,7 @@ def _distribution(point: EntryPoint) -> str:
     return point.dist.name if point.dist is not None else point.value
 
 
-def decorator_for(registry: Callable[[], Registry[T]], wrap: Callable[..., T]) -> Callable[..., Any]:
+def decorator_for(registry: Callable[[], Registry[T]], wrap: Callable[..., T]) -> Callable[..., Callable[[F], F]]:
     """Builds the decorator that registers a definition under a name.
 
     Args:
@@ -160,8 +169,8 @@ def decorator_for(registry: Callable[[], Registry[T]], wrap: Callable[..., T]) -
         wrap: makes the member from (definition, name, keyword arguments of the decorator).
     """
 
-    def declare(name: str, **facts: Any) -> Callable[[Any], Any]:
-        def keep(definition: Any) -> Any:
+    def declare(name: str, **facts: Any) -> Callable[[F], F]:
+        def keep(definition: F) -> F:
             origin = f"{definition.__module__}.{definition.__qualname__}"
             registry().register(name, origin, wrap(definition, name, facts))
             return definition

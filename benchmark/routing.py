@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from moebench.attacks._engine import batches
 from moebench.models._moe import Routing, moe_layers, route
 from moebench.schema import IntArray, RoutingLayer
 
@@ -83,7 +84,7 @@ class RoutingProbe:
     @torch.no_grad()
     def _measure(self, x: Tensor) -> dict[str, tuple[Routing, Tensor]]:
         parts: dict[str, list[tuple[Routing, Tensor]]] = {}
-        for batch in x.split(self.batch_size):
+        for batch in batches(x, self.batch_size):
             soft = route(self.model, batch, soft=True)
             for name, hard in route(self.model, batch).items():
                 probs = soft[name].weights
@@ -91,7 +92,9 @@ class RoutingProbe:
                 parts.setdefault(name, []).append((hard, entropy))
         return {
             name: (
-                Routing(torch.cat([hard.weights for hard, _ in found]), torch.cat([hard.selected for hard, _ in found])),
+                Routing(
+                    torch.cat([hard.weights for hard, _ in found]), torch.cat([hard.selected for hard, _ in found])
+                ),
                 torch.cat([entropy for _, entropy in found]),
             )
             for name, found in parts.items()

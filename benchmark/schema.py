@@ -115,6 +115,7 @@ class PaperCard:
 
     @property
     def bibtex_key(self) -> str:
+        """The key under which LaTeX cites the paper."""
         return self.bibtex.split("{", 1)[1].split(",", 1)[0]
 
 
@@ -201,11 +202,11 @@ class Chunk:
     """Finished samples of one stage of a cell; committed in one transaction, so that a killed run resumes after it.
 
     All arrays are (m,) and belong together by position. `index` is the sample's number in the protocol's data.
-    `broken` says that an adversarial example inside the threat model changed the prediction of the whole model away from
-    the label (or that the clean prediction was wrong already); `adv_pred` is the prediction on it. `distance` is the norm of
-    the perturbation (0 for a sample that was wrong from the start). `forwards` and `backwards` count passes per sample.
-    `extras` holds further per-sample arrays by name, (m, …), such as the routing on the attacked images; empty for a
-    model without routing.
+    `broken` says that an adversarial example inside the threat model changed the prediction of the whole model away
+    from the label (or that the clean prediction was wrong already); `adv_pred` is the prediction on it. `distance` is
+    the norm of the perturbation (0 for a sample that was wrong from the start). `forwards` and `backwards` count
+    passes per sample. `extras` holds further per-sample arrays by name, (m, …), such as the routing on the attacked
+    images; empty for a model without routing.
     """
 
     stage: str
@@ -227,9 +228,9 @@ class Chunk:
 class RoutingLayer:
     """Routing of one MoE layer on clean and on attacked images of a cell.
 
-    `iou` is the mean intersection over union of the selected experts; `changed` the share of samples whose set of selected
-    experts changed; entropies are of the router's softmax, in nats; loads are the shares of routing weight per expert, and
-    `moves[i][j]` counts samples whose first expert went from i to j.
+    `iou` is the mean intersection over union of the selected experts; `changed` the share of samples whose set of
+    selected experts changed; entropies are of the router's softmax, in nats; loads are the shares of routing weight
+    per expert, and `moves[i][j]` counts samples whose first expert went from i to j.
     """
 
     name: str
@@ -244,7 +245,7 @@ class RoutingLayer:
 
 @dataclass(frozen=True)
 class ResultRecord:
-    """The aggregate of a finished cell. `accuracy` is the share of samples that this attack on this view leaves right."""
+    """The aggregate of a finished cell; `accuracy` is the share of samples that the attack leaves right."""
 
     attack: str
     view: str

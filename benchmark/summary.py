@@ -23,8 +23,8 @@ HEADLINES = {"ra": "whole", "ra_e": "experts", "ra_r": "router", "ra_smoe": "sta
 class Summary:
     """What one command measured. Accuracies are fractions, None where they do not apply or were not measured.
 
-    `ra`, `ra_e`, … are the share of samples that none of the command's attacks on that view breaks; `ra_worst` the share
-    that no attack recorded for these weights and this protocol breaks, on any view.
+    `ra`, `ra_e`, … are the share of samples that none of the command's attacks on that view breaks; `ra_worst` the
+    share that no attack recorded for these weights and this protocol breaks, on any view.
     """
 
     run_id: str

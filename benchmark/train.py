@@ -24,7 +24,7 @@ from moebench.attacks._projections import ascend, project, random_start
 from moebench.attacks._random import sample_keys
 from moebench.datasets import Dataset, load_dataset
 from moebench.errors import RunError, UsageError
-from moebench.models._base import MODELS, Forward, ModelEntry, Recipe
+from moebench.models._base import MODELS, Forward, ModelEntry, Recipe, evaluating
 from moebench.models._weights import load_into, read_weights, save_weights, shipped_weights
 from moebench.schema import ThreatModel
 
@@ -69,17 +69,16 @@ class TrainingAdversary:
         self.calls = 0
 
     def __call__(self, forward: Forward, x: Tensor, loss: Callable[[Tensor], Tensor]) -> Tensor:
+        """Images (B, C, H, W) near x that raise the loss; each call draws other random starts."""
         keys = sample_keys(self.seed, f"train/{self.calls}", torch.arange(len(x), device=x.device))
         self.calls += 1
-        training = self.model.training
-        self.model.eval()
         x_adv = random_start(x, keys, self.threat)
-        for _ in range(self.recipe.attack_steps):
-            x_adv.requires_grad_()
-            (gradient,) = torch.autograd.grad(loss(forward(x_adv)).sum(), x_adv)
-            x_adv = ascend(x_adv.detach(), gradient, self.recipe.step_fraction * self.threat.eps, self.threat)
-            x_adv = project(x_adv, x, self.threat)
-        self.model.train(training)
+        with evaluating(self.model):
+            for _ in range(self.recipe.attack_steps):
+                x_adv.requires_grad_()
+                (gradient,) = torch.autograd.grad(loss(forward(x_adv)).sum(), x_adv)
+                x_adv = ascend(x_adv.detach(), gradient, self.recipe.step_fraction * self.threat.eps, self.threat)
+                x_adv = project(x_adv, x, self.threat)
         return x_adv.detach()
 
 
@@ -217,7 +216,10 @@ class Trainer:
                 self.model.zero_grad(set_to_none=True)
                 loss = phase.loss(self.model, x, y, self.adversary, self.recipe)
                 if not math.isfinite(loss.item()):
-                    raise RunError(f"the loss of {self.spec.model} became {loss.item()} in epoch {self.epoch + 1}; nothing was saved")
+                    raise RunError(
+                        f"the loss of {self.spec.model} became {loss.item()} in epoch {self.epoch + 1}; "
+                        "nothing was saved"
+                    )
                 loss.backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
                 scheduler.step()
@@ -232,7 +234,9 @@ class Trainer:
         height, width = x.shape[-2:]
         padded = F.pad(x, (reach, reach, reach, reach))
         shifts = torch.randint(0, 2 * reach + 1, (len(x), 2))
-        return torch.stack([padded[i, :, dy : dy + height, dx : dx + width] for i, (dy, dx) in enumerate(shifts.tolist())])
+        return torch.stack(
+            [padded[i, :, dy : dy + height, dx : dx + width] for i, (dy, dx) in enumerate(shifts.tolist())]
+        )
 
     def _schedule(self, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
         half_cycle = max(self.recipe.epochs * self.steps_per_epoch // (2 * self.recipe.cycles), 1)
@@ -253,7 +257,14 @@ class Trainer:
     def _identity(self) -> str:
         """What a checkpoint must share with this run to be continued by it."""
         return json.dumps(
-            [self.spec.model, self.spec.dataset, self.spec.seed, dict(self.settings), asdict(self.recipe), asdict(self.threat)],
+            [
+                self.spec.model,
+                self.spec.dataset,
+                self.spec.seed,
+                dict(self.settings),
+                asdict(self.recipe),
+                asdict(self.threat),
+            ],
             sort_keys=True,
         )
 
@@ -285,9 +296,13 @@ class Trainer:
         try:
             state = torch.load(self.checkpoint_path, map_location=self.spec.device, weights_only=True)
         except Exception as error:
-            raise UsageError(f"cannot read {self.checkpoint_path} ({type(error).__name__}); delete it or use --fresh") from None
+            raise UsageError(
+                f"cannot read {self.checkpoint_path} ({type(error).__name__}); delete it or use --fresh"
+            ) from None
         if state["identity"] != self._identity():
-            raise UsageError(f"{self.checkpoint_path} belongs to a run with another recipe or seed; delete it or use --fresh")
+            raise UsageError(
+                f"{self.checkpoint_path} belongs to a run with another recipe or seed; delete it or use --fresh"
+            )
         self.epoch, self.best, self.best_score = state["epoch"], state["best"], state["best_score"]
         self.log = [EpochLog(**line) for line in state["log"]]
         self.model.load_state_dict(state["model"])

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from moebench.models._base import MODELS, ModelEntry
 from torch import nn
+
+from moebench.models._base import MODELS, ModelEntry
 
 
 def list_models() -> list[str]:
@@ -14,7 +15,12 @@ def list_models() -> list[str]:
 
 
 def load_model(
-    name: str, *, num_classes: int = 10, shape: tuple[int, int, int] = (1, 8, 8), dataset: str | None = "digits", **settings: Any
+    name: str,
+    *,
+    num_classes: int = 10,
+    shape: tuple[int, int, int] = (1, 8, 8),
+    dataset: str | None = "digits",
+    **settings: Any,
 ) -> nn.Module:
     """A registered model in eval mode, with the weights shipped for a data set (fresh ones for `dataset=None`).
 

@@ -22,7 +22,9 @@ def switch_loss(probs: Tensor, selected: Tensor) -> Tensor:
     return probs.shape[1] * (load / load.sum() * probs.mean(dim=0)).sum() - 1
 
 
-def balanced(phases: tuple[Phase, ...], part: Callable[[nn.Module], nn.Module] = lambda model: model) -> tuple[Phase, ...]:
+def balanced(
+    phases: tuple[Phase, ...], part: Callable[[nn.Module], nn.Module] = lambda model: model
+) -> tuple[Phase, ...]:
     """The same phases, with `recipe.balance` times the switch loss of all MoE layers on the clean images added.
 
     Args:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from moebench.errors import UsageError
-from moebench.registry import Registry, model_registry, decorator_for
+from moebench.registry import Registry, decorator_for, model_registry
 from moebench.schema import ModelRecord, PaperCard
 
 Shape = tuple[int, int, int]
@@ -31,9 +31,12 @@ class Recipe:
     """How a model is trained: plain data, printed by `moebench show` and stored with the weights.
 
     The learning rate swings between `lr_low` and `lr_high`, a triangle per `epochs / cycles`, as in RT-ER's code; rates
-    are ten to twenty times that code's, because a digits run has a third of its optimiser steps. `attack_steps` is PGD's number of steps
-    with `step_fraction` of eps each. `select` says which validation number picks the epoch: clean accuracy, robust accuracy or
-    their mean. `balance` weighs the loss that spreads the load over the experts. `init_from` names models whose weights start a part of this one; a model with zero epochs is their composition.
+    are ten to twenty times that code's, because a digits run has a third of its optimiser steps. `attack_steps` is
+    PGD's number of steps with `step_fraction` of eps each. `select` says which validation number picks the epoch:
+    clean accuracy, robust accuracy or their mean. `balance` weighs the loss that spreads the load over the experts.
+    `init_from` names models
+    whose
+    weights start a part of this one; a model with zero epochs is their composition.
     """
 
     epochs: int
@@ -96,7 +99,9 @@ class ModelEntry:
         known = self.build.__kwdefaults__ or {}
         for key in settings:
             if key not in known:
-                raise UsageError(f"model {self.name!r} has no setting {key!r}; it has {', '.join(sorted(known)) or 'none'}")
+                raise UsageError(
+                    f"model {self.name!r} has no setting {key!r}; it has {', '.join(sorted(known)) or 'none'}"
+                )
         return self.build(num_classes, shape, **{**self.settings, **settings})
 
     def record(self) -> ModelRecord:
@@ -104,7 +109,7 @@ class ModelEntry:
 
 
 class Normalize(nn.Module):
-    """Maps [0, 1] images to the zero-centred range that the network sees; part of the model, so that attacks see pixels."""
+    """Maps [0, 1] images to the network's zero-centred range; part of the model, so that attacks see pixels."""
 
     mean: Tensor
     std: Tensor
@@ -152,6 +157,6 @@ def _entry(build: Callable[..., nn.Module], name: str, facts: dict[str, Any]) ->
 register_model = decorator_for(lambda: MODELS, _entry)
 """Declares a builder `f(num_classes, shape, *, setting=default, …) -> nn.Module` as a model.
 
-The first argument is the model's name; keyword arguments are the fields of `ModelEntry`. The builder is a plain function
-whose keyword-only arguments are the model's settings.
+The first argument is the model's name; keyword arguments are the fields of `ModelEntry`. The builder is a plain
+function whose keyword-only arguments are the model's settings.
 """

@@ -1,8 +1,8 @@
 """Mixture-of-experts layers whose routing can be recorded and replayed.
 
-Everything that moebench measures about routing rests on two operations that every MoE model supports: *record* the routing
-weights that an input causes, and *replay* given weights while another input passes through the experts. Both are
-differentiable. A model takes part by routing through `MoELayer`, wherever that layer sits.
+Everything that moebench measures about routing rests on two operations that every MoE model supports: *record* the
+routing weights that an input causes, and *replay* given weights while another input passes through the experts. Both
+are differentiable. A model takes part by routing through `MoELayer`, wherever that layer sits.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ class Routing(NamedTuple):
 
     Attributes:
         weights: (B, E), what each expert's output is multiplied with.
-        selected: (B, E) bool, the experts that run. A selected expert may have weight 0 (it then only carries gradient).
+        selected: (B, E) bool, the experts that run. A selected expert may have weight 0 (it then only carries
+            gradient).
     """
 
     weights: Tensor
@@ -33,6 +34,13 @@ class Routing(NamedTuple):
     def take(self, rows: Tensor) -> Routing:
         """The routing of some samples."""
         return Routing(self.weights[rows], self.selected[rows])
+
+
+def join(*routings: Routing) -> Routing:
+    """The routing of several batches as that of one."""
+    return Routing(
+        torch.cat([routing.weights for routing in routings]), torch.cat([routing.selected for routing in routings])
+    )
 
 
 Tape = dict[str, Routing]
@@ -50,8 +58,8 @@ class MoELayer(nn.Module):
         experts: modules of equal output shape.
         router: maps the layer's input to router logits (B, E).
         top_k: experts per sample; E gives a soft mixture of all.
-        router_mode: "trained" passes gradients to the router (straight-through for top-1), "frozen" keeps the router at its
-            initialisation.
+        router_mode: "trained" passes gradients to the router (straight-through for top-1), "frozen" keeps the router
+            at its initialisation.
 
     For top-1 the weight is exactly 1; for k > 1 the softmax weights of the winners are divided by their sum.
     """
@@ -143,8 +151,8 @@ def combine(experts: nn.ModuleList, x: Tensor, routing: Routing) -> Tensor:
 class RoutedModel(nn.Module):
     """A classifier with MoE layers inside.
 
-    Subclasses whose routing depends on the image alone override `route`, `expert_outputs` and `mix`, so that attacks on the
-    router need not run experts and those on frozen experts run them once.
+    Subclasses whose routing depends on the image alone override `route`, `expert_outputs` and `mix`, so that attacks
+    on the router need not run experts and those on frozen experts run them once.
     """
 
     def route(self, x: Tensor, *, soft: bool = False) -> Tape:
@@ -252,7 +260,9 @@ def forced_forward(model: nn.Module, x: Tensor, expert: int, layer: str | None =
     names = [layer] if layer is not None else list(layers)
     for name in names:
         if not 0 <= expert < len(layers[name].experts):
-            raise UsageError(f"no expert {expert} in layer {name!r}: it has experts 0 to {len(layers[name].experts) - 1}")
+            raise UsageError(
+                f"no expert {expert} in layer {name!r}: it has experts 0 to {len(layers[name].experts) - 1}"
+            )
 
     def policy(forced: MoELayer, features: Tensor) -> Routing:
         return forced.forced_routing(features, expert)

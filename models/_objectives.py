@@ -31,12 +31,12 @@ def adversarial_loss(model: nn.Module, x: Tensor, y: Tensor, adversary: Adversar
 
 
 def trades_loss(model: nn.Module, x: Tensor, y: Tensor, adversary: Adversary, recipe: Recipe) -> Tensor:
-    """CE(f(x), y) + beta KL(p(x) || p(x')), x' chosen to raise that divergence (Zhang et al., 2019, arXiv 1901.08573)."""
+    """CE(f(x), y) + beta KL(p(x) || p(x')), x' chosen to raise the divergence (Zhang et al., 2019)."""
     with torch.no_grad(), evaluating(model):
         reference = model(x)
     x_adv = adversary(model, x, lambda logits: kl_divergence(reference, logits))
-    clean = model(x)
-    return F.cross_entropy(clean, y) + recipe.beta * kl_divergence(clean, model(x_adv)).mean()
+    clean, adv = model(torch.cat((x, x_adv))).chunk(2)
+    return F.cross_entropy(clean, y) + recipe.beta * kl_divergence(clean, adv).mean()
 
 
 STANDARD = (Phase(standard_loss),)

@@ -19,7 +19,9 @@ class BasicBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(planes)
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or in_planes != planes:
-            self.shortcut = nn.Sequential(nn.Conv2d(in_planes, planes, 1, stride=stride, bias=False), nn.BatchNorm2d(planes))
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(in_planes, planes, 1, stride=stride, bias=False), nn.BatchNorm2d(planes)
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         out = F.relu(self.bn1(self.conv1(x)))
@@ -39,7 +41,13 @@ class ResNet(nn.Module):
     """
 
     def __init__(
-        self, widths: Sequence[int], blocks: Sequence[int], strides: Sequence[int], *, num_classes: int, in_channels: int
+        self,
+        widths: Sequence[int],
+        blocks: Sequence[int],
+        strides: Sequence[int],
+        *,
+        num_classes: int,
+        in_channels: int,
     ) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, widths[0], 3, padding=1, bias=False)

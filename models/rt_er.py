@@ -6,8 +6,8 @@ Zhang, Xu, Hu and Wang, "Optimizing Robustness and Accuracy in Mixture of Expert
     F(x) = sum_i a_i(x) f_i(x),    a = softmax of the router, top-1 with weight 1 unless stated otherwise.
 
 Differs from the published code, where the paper's formula is another one: the router is trained (straight-through; the
-code's router gets no gradient), BatchNorm statistics come from whole batches, attacks run in float32 with a real random start.
-`rt-er-official` keeps what the code does to the router and to the choice of the second expert.
+code's router gets no gradient), BatchNorm statistics come from whole batches, attacks run in float32 with a real
+random start. `rt-er-official` keeps what the code does to the router and to the choice of the second expert.
 """
 
 from __future__ import annotations
@@ -19,12 +19,20 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from typing_extensions import override
 
 from moebench.errors import UsageError
-from moebench.models._base import Adversary, Normalize, Phase, Recipe, Shape, evaluating, register_model
 from moebench.models._balancing import balanced
-from moebench.models._moe import MoELayer, RoutedModel, RouterMode, Tape
-from moebench.models._objectives import ADVERSARIAL, STANDARD, TRADES, cross_entropy_adversary, kl_divergence, standard_loss
+from moebench.models._base import Adversary, Normalize, Phase, Recipe, Shape, register_model
+from moebench.models._moe import MoELayer, RoutedModel, RouterMode, Routing, Tape, combine, join
+from moebench.models._objectives import (
+    ADVERSARIAL,
+    STANDARD,
+    TRADES,
+    cross_entropy_adversary,
+    kl_divergence,
+    standard_loss,
+)
 from moebench.models._resnet import classifier
 from moebench.schema import PaperCard
 
@@ -67,14 +75,17 @@ class ClassifierMoE(RoutedModel):
         logits: Tensor = self.moe(self.normalize(x))
         return logits
 
+    @override
     def route(self, x: Tensor, *, soft: bool = False) -> Tape:
         z = self.normalize(x)
         return {"moe": self.moe.soft_routing(z) if soft else self.moe.own_routing(z)}
 
+    @override
     def expert_outputs(self, x: Tensor) -> dict[str, Tensor]:
         z = self.normalize(x)
         return {"moe": torch.stack([expert(z) for expert in self.moe.experts], dim=1)}
 
+    @override
     def mix(self, outputs: Mapping[str, Tensor], tape: Tape) -> Tensor:
         return (tape["moe"].weights.unsqueeze(2) * outputs["moe"]).sum(dim=1)
 
@@ -84,23 +95,18 @@ class ClassifierMoE(RoutedModel):
             ranking = self.moe.probabilities(self.normalize(x)).argsort(dim=1, descending=True)
         return ranking[:, self.moe.top_k]
 
-    def chosen_expert(self, choice: Tensor, x: Tensor) -> Tensor:
-        """Logits of expert choice[b] on image b, each expert run once on its own images."""
+    def pick(self, choice: Tensor) -> Routing:
+        """The routing that sends image b to expert choice[b] alone, with weight 1."""
         selected = F.one_hot(choice, len(self.moe.experts)).bool()
-        z = self.normalize(x)
-        out: Tensor | None = None
-        for number, expert in enumerate(self.moe.experts):
-            rows = selected[:, number].nonzero().squeeze(1)
-            if rows.numel() > 0:
-                y = expert(z[rows])
-                out = (y.new_zeros(x.shape[0], y.shape[1]) if out is None else out).index_add(0, rows, y)
-        if out is None:
-            raise UsageError("an MoE needs at least one image")
-        return out
+        return Routing(selected.float(), selected)
+
+    def forward_with(self, x: Tensor, routing: Routing) -> Tensor:
+        """Logits (B, K) of images under a given routing, each expert run once."""
+        return combine(self.moe.experts, self.normalize(x), routing)
 
 
 class DualModel(RoutedModel):
-    """F_D = (1 - alpha) F_S + alpha F_R of a standard and a robust MoE (equation 3), mixing raw logits as the code does."""
+    """F_D = (1 - alpha) F_S + alpha F_R of a standard and a robust MoE (equation 3), on raw logits as in the code."""
 
     def __init__(self, standard: ClassifierMoE, robust: ClassifierMoE, alpha: float) -> None:
         super().__init__()
@@ -112,8 +118,10 @@ class DualModel(RoutedModel):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (B, K) of [0, 1] images (B, C, H, W)."""
-        return (1 - self.alpha) * self.standard(x) + self.alpha * self.robust(x)
+        logits: Tensor = (1 - self.alpha) * self.standard(x) + self.alpha * self.robust(x)
+        return logits
 
+    @override
     def route(self, x: Tensor, *, soft: bool = False) -> Tape:
         return {
             f"{half}.{name}": routing
@@ -121,6 +129,7 @@ class DualModel(RoutedModel):
             for name, routing in self._half(half).route(x, soft=soft).items()
         }
 
+    @override
     def expert_outputs(self, x: Tensor) -> dict[str, Tensor]:
         return {
             f"{half}.{name}": logits
@@ -128,6 +137,7 @@ class DualModel(RoutedModel):
             for name, logits in self._half(half).expert_outputs(x).items()
         }
 
+    @override
     def mix(self, outputs: Mapping[str, Tensor], tape: Tape) -> Tensor:
         standard, robust = (
             self._half(half).mix({"moe": outputs[f"{half}.moe"]}, {"moe": tape[f"{half}.moe"]})
@@ -146,17 +156,20 @@ def rt_er_loss(
 ) -> Tensor:
     """CE(F(x_adv), y) + beta KL(p_s(x) || p_s(x_adv^s)), the objective of RT-ER (section 4.1).
 
-    s is the best expert that the router does not select, at x_adv (the paper) or at x (the published code). x_adv attacks the
-    MoE; x_adv^s is a second PGD against expert s alone, as in the code. Gradients flow through both arguments of KL.
+    s is the best expert that the router does not select, at x_adv (the paper) or at x (the published code). x_adv
+    attacks the MoE; x_adv^s is a second PGD against expert s alone, as in the code. Gradients flow through both
+    arguments of KL.
     """
     x_adv = cross_entropy_adversary(model, x, y, adversary)
-    second = model.runner_up(x_adv if second_at == "adversarial" else x)
-    expert = partial(model.chosen_expert, second)
-    x_adv_second = adversary(expert, x, lambda logits: F.cross_entropy(logits, y, reduction="none"))
-    # An expert's BatchNorm learns from the images routed to it; on the runner-up's images it is used as it will be in use.
-    with evaluating(model):
-        smooth = kl_divergence(expert(x), expert(x_adv_second)).mean()
-    return F.cross_entropy(model(x_adv), y) + recipe.beta * smooth
+    second = model.pick(model.runner_up(x_adv if second_at == "adversarial" else x))
+    x_adv_second = adversary(
+        lambda z: model.forward_with(z, second), x, lambda logits: F.cross_entropy(logits, y, reduction="none")
+    )
+    # One pass for all three: with a pass each, an expert's BatchNorm would normalise the kinds of images apart, and the
+    # running statistics would fit none of them.
+    routing = join(model.moe.own_routing(model.normalize(x_adv)), second, second)
+    adv, second_clean, second_adv = model.forward_with(torch.cat((x_adv, x, x_adv_second)), routing).chunk(3)
+    return F.cross_entropy(adv, y) + recipe.beta * kl_divergence(second_clean, second_adv).mean()
 
 
 def robust_half_loss(model: DualModel, x: Tensor, y: Tensor, adversary: Adversary, recipe: Recipe) -> Tensor:

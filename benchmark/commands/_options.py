@@ -15,7 +15,9 @@ Decorated = Callable[..., Any]
 
 def database_option(function: Decorated) -> Decorated:
     return click.option(
-        "--db", metavar="URL", help="Results database, a file or an SQLAlchemy URL [default: $MOEBENCH_DB or results.db]."
+        "--db",
+        metavar="URL",
+        help="Results database, a file or an SQLAlchemy URL [default: $MOEBENCH_DB or results.db].",
     )(function)
 
 
@@ -26,7 +28,11 @@ def debug_option(function: Decorated) -> Decorated:
 
 def settings_option(function: Decorated) -> Decorated:
     return click.option(
-        "--set", "settings", metavar="KEY=VALUE", multiple=True, help="A setting of the model; may be given several times."
+        "--set",
+        "settings",
+        metavar="KEY=VALUE",
+        multiple=True,
+        help="A setting of the model; may be given several times.",
     )(function)
 
 

@@ -44,23 +44,29 @@ def headline_lines(summary: Summary) -> Iterable[str]:
 def results_table(records: Sequence[ResultRecord]) -> Table:
     """One line per attack and view."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("attack")
-    table.add_column("view")
-    table.add_column("accuracy %", justify="right")
-    table.add_column("95 % interval", justify="right")
-    table.add_column("routes changed %", justify="right")
-    for heading in ("forwards", "backwards", "seconds"):
-        table.add_column(heading, justify="right")
+    for heading in ("attack", "view"):
+        table.add_column(heading, no_wrap=True)
+    for heading in ("acc %", "95 % interval", "rerouted %", "forwards", "backwards", "seconds"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for record in records:
-        changed = "–" if not record.routing else percent(sum(layer.changed for layer in record.routing) / len(record.routing))
+        layers = record.routing
+        rerouted = "–" if not layers else percent(sum(layer.changed for layer in layers) / len(layers))
         table.add_row(
             record.attack,
             record.view.replace("[", "\\["),
             percent(record.accuracy),
             f"{percent(record.ci_low)}–{percent(record.ci_high)}",
-            changed,
-            f"{record.forwards:,}",
-            f"{record.backwards:,}",
+            rerouted,
+            _short(record.forwards),
+            _short(record.backwards),
             f"{record.seconds:.1f}",
         )
     return table
+
+
+def _short(count: int) -> str:
+    """A number of passes in at most five characters."""
+    for limit, divisor, unit in ((10_000, 1, ""), (10_000_000, 1_000, "k"), (10_000_000_000, 1_000_000, "M")):
+        if count < limit:
+            return f"{count // divisor}{unit}"
+    return f"{count // 1_000_000_000}G"

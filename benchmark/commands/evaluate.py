@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 
 @click.command("evaluate")
 @click.option("--model", required=True, metavar="NAME", help="Registered name, FILE.py:FACTORY or pkg.mod:FACTORY.")
-@click.option("--attack", default="autoattack", show_default=True, metavar="A[,B…]", help="Attacks, see `list attacks`.")
+@click.option(
+    "--attack", default="autoattack", show_default=True, metavar="A[,B…]", help="Attacks, see `list attacks`."
+)
 @click.option("--dataset", default="digits", show_default=True, metavar="NAME", help="NAME, npz:FILE or folder:DIR.")
 @click.option("--view", default="", metavar="V[,W…]", help="Views to attack [default: those of the headline metrics].")
 @click.option("--norm", default="Linf", show_default=True, type=click.Choice(["Linf", "L2"]), help="Norm of the ball.")
@@ -122,7 +124,11 @@ def _dry_run(spec: EvalSpec, as_json: bool) -> None:
         click.echo(json.dumps({"cells": [cell.to_json() for cell in planned]}))
         return
     for cell in planned:
-        state = "stored already" if cell.stored else f"at most {cell.forwards:,} forward and {cell.backwards:,} backward passes"
+        state = (
+            "stored already"
+            if cell.stored
+            else f"at most {cell.forwards:,} forward and {cell.backwards:,} backward passes"
+        )
         click.echo(f"{cell.attack} on view {cell.view}, {cell.n} samples: {state}")
 
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
 
 from moebench.commands._options import database_option, debug_option
 from moebench.errors import UsageError
 from moebench.registry import model_registry
+
+if TYPE_CHECKING:
+    from moebench.schema import StoredRun
 
 
 @click.command("show")
@@ -30,25 +35,27 @@ def show_command(what: str, db: str | None) -> None:
     _show_run(run)
 
 
-def _show_run(run: object) -> None:
+def _show_run(run: StoredRun) -> None:
     from rich.console import Console
     from rich.markup import escape
 
     from moebench.commands._tables import results_table
-    from moebench.schema import StoredRun
 
-    assert isinstance(run, StoredRun)
     console = Console(highlight=False)
     protocol, environment = run.protocol, run.environment
     took = "" if run.seconds is None else f", {run.seconds:.1f} s"
-    console.print(f"[bold]run {run.run_id}[/bold]  {run.status}{took}" + (f": {escape(run.error)}" if run.error else ""))
+    console.print(
+        f"[bold]run {run.run_id}[/bold]  {run.status}{took}" + (f": {escape(run.error)}" if run.error else "")
+    )
     console.print(f"  command     {escape(run.command)}")
-    console.print(f"  model       {escape(run.model.name)}, weights {run.checkpoint.sha256[:16]}… ({escape(run.checkpoint.origin)})")
+    weights = f"{run.checkpoint.sha256[:16]}… ({escape(run.checkpoint.origin)})"
+    console.print(f"  model       {escape(run.model.name)}, weights {weights}")
     console.print(
         f"  protocol    {escape(protocol.dataset)} {protocol.split}, n = {protocol.n}, {protocol.threat}, "
         f"version {protocol.version}, data {protocol.data_sha256[:16]}…"
     )
-    console.print(f"  started     {run.started_at}, on {environment.get('device')} ({escape(str(environment.get('platform')))})")
+    machine = f"{environment.get('device')} ({escape(str(environment.get('platform')))})"
+    console.print(f"  started     {run.started_at}, on {machine}")
     versions = environment.get("versions") or {}
     console.print("  versions    " + ", ".join(f"{name} {value}" for name, value in versions.items() if value))
     console.print(results_table([result.record for result in run.results]))
@@ -56,7 +63,8 @@ def _show_run(run: object) -> None:
         for layer in result.record.routing:
             console.print(
                 f"  {result.record.attack} on {escape(result.record.view)}, layer {layer.name}: routes changed "
-                f"{layer.changed:.1%}, IoU {layer.iou:.3f}, entropy {layer.entropy_clean:.3f} → {layer.entropy_adv:.3f}, "
+                f"{layer.changed:.1%}, IoU {layer.iou:.3f}, "
+                f"entropy {layer.entropy_clean:.3f} → {layer.entropy_adv:.3f}, "
                 f"load {_loads(layer.load_clean)} → {_loads(layer.load_adv)}"
             )
     for flag in run.flags:

@@ -38,7 +38,9 @@ def pack(chunk: Chunk) -> bytes:
     extras = {f"{_EXTRA}{name}": np.asarray(array) for name, array in chunk.extras.items()}
     wrong = [name for name, array in extras.items() if array.shape[:1] != (len(chunk),)]
     if wrong:
-        raise RunError(f"a chunk of stage {chunk.stage!r} has {len(chunk)} samples, but {wrong[0]!r} has another length")
+        raise RunError(
+            f"a chunk of stage {chunk.stage!r} has {len(chunk)} samples, but {wrong[0]!r} has another length"
+        )
     packed = {name: _narrow(array) if name in ints else array for name, array in {**arrays, **extras}.items()}
     return save({name: np.ascontiguousarray(array) for name, array in packed.items()})
 
