@@ -68,8 +68,15 @@ class Oracle(ABC):
     threat: ThreatModel
 
     @abstractmethod
-    def logits(self, x: Tensor, rows: Rows) -> Tensor:
-        """Logits (R, K) at x (R, C, H, W), without a gradient."""
+    def logits(self, x: Tensor, rows: Rows, *, propose: bool = True) -> Tensor:
+        """Logits (R, K) at x (R, C, H, W), without a gradient.
+
+        `propose=False` leaves it to the attack to say which of the images are worth judging, by `propose`.
+        """
+
+    @abstractmethod
+    def propose(self, x: Tensor, rows: Rows, logits: Tensor) -> None:
+        """Has images judged that `logits` was asked for with `propose=False`."""
 
     @abstractmethod
     def gradient(self, x: Tensor, rows: Rows, loss: Loss) -> tuple[Tensor, Tensor, Tensor]:

@@ -126,11 +126,12 @@ class Engine(Oracle):
     # What an attack asks for.
 
     @override
-    def logits(self, x: Tensor, rows: Rows) -> Tensor:
+    def logits(self, x: Tensor, rows: Rows, *, propose: bool = True) -> Tensor:
         with torch.no_grad():
             out = self._timed(lambda: self.view.logits(x, rows.index))
         self._count(self.forwards, rows.index)
-        self._look(x, rows, out)
+        if propose:
+            self.propose(x, rows, out)
         return out
 
     @override
@@ -148,7 +149,7 @@ class Engine(Oracle):
         x = x.detach()
         self._count(self.forwards, rows.index)
         self._count(self.backwards, rows.index)
-        self._look(x, rows, out)
+        self.propose(x, rows, out)
         return out, value, gradient
 
     # The loop.
@@ -254,9 +255,14 @@ class Engine(Oracle):
 
     # Judging.
 
+    @override
     @torch.no_grad()
-    def _look(self, x: Tensor, rows: Rows, logits: Tensor) -> None:
-        """Judges images that an attack looked at: those that seem to succeed are confirmed on the whole model."""
+    def propose(self, x: Tensor, rows: Rows, logits: Tensor) -> None:
+        """Judges images that an attack looked at.
+
+        On the whole view those that seem to succeed are confirmed; on other views the logits say nothing about the
+        whole model, and every image is judged.
+        """
         open_rows = ~self.broken[rows.index]
         if self.view.is_whole:
             open_rows &= logits.argmax(dim=1) != rows.y
@@ -272,6 +278,8 @@ class Engine(Oracle):
         self._count(self.forwards, index)
         hits = success.nonzero().squeeze(1)
         if len(hits) > 0:
+            # Several rows of one sample may succeed at once; the first of them counts, on every device.
+            hits = hits[_first_of_each(index[hits])]
             at = index[hits]
             self.broken[at] = True
             self.adv_pred[at] = prediction[hits]
@@ -286,6 +294,14 @@ class Engine(Oracle):
         result = work()
         self.model_seconds += time.perf_counter() - begin
         return result
+
+
+def _first_of_each(index: Tensor) -> Tensor:
+    """Positions at which each number occurs for the first time."""
+    ordered, positions = index.sort(stable=True)
+    first = torch.ones_like(ordered, dtype=torch.bool)
+    first[1:] = ordered[1:] != ordered[:-1]
+    return positions[first]
 
 
 def to_samples(

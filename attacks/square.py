@@ -4,7 +4,8 @@ Andriushchenko, Croce, Flammarion and Hein, "Square Attack: a query-efficient bl
 search", ECCV 2020 (arXiv 1912.00049), algorithms 1 to 3, with the margin loss and AutoAttack's schedule.
 
 Differs from the authors' code: every sample draws its own patches (there all samples of a batch share them, so that a
-verdict depends on the batch), and a patch may touch the last row and column.
+verdict depends on the batch). As there, a patch smaller than the image never touches the last row and column, unless
+`whole_image` is set: on 8×8 images those are a fifth of the pixels.
 """
 
 from __future__ import annotations
@@ -57,10 +58,12 @@ class Square(Attack):
     Args:
         queries: proposals per sample.
         p_init: share of the pixels that the first patches cover; halved at fixed numbers of queries.
+        whole_image: let patches reach the last row and column, which the published code leaves out.
     """
 
     queries: int = 5000
     p_init: float = 0.8
+    whole_image: bool = False
 
     @property
     @override
@@ -81,9 +84,13 @@ class Square(Attack):
             state.queries
         ]
         propose = _propose_linf if oracle.threat.norm == "Linf" else _propose_l2
-        x_new = propose(state, rows, sides, oracle.threat)
-        loss = margin(oracle.logits(x_new, rows), rows)
+        x_new = propose(state, rows, _Patches(sides, self.whole_image), oracle.threat)
+        logits = oracle.logits(x_new, rows, propose=False)
+        loss = margin(logits, rows)
         better = loss > state.loss
+        kept = better.nonzero().squeeze(1)
+        if len(kept) > 0:
+            oracle.propose(x_new[kept], rows.take(kept), logits[kept])
         state.x = torch.where(expand(better, x_new), x_new, state.x)
         state.loss = torch.where(better, loss, state.loss)
         state.queries = state.queries + 1
@@ -121,10 +128,19 @@ def _stripes(rows: Rows, threat: ThreatModel) -> Tensor:
     return project(rows.x + threat.eps * signs, rows.x, threat)
 
 
-def _patch(u: Tensor, sides: Tensor, height: int, width: int) -> Tensor:
+@dataclass(frozen=True)
+class _Patches:
+    """How large each row's patches are, (R,), and whether they may touch the last row and column."""
+
+    sides: Tensor
+    whole_image: bool
+
+
+def _patch(u: Tensor, patches: _Patches, height: int, width: int) -> Tensor:
     """Masks of square patches at random places, (R, 1, H, W) bool, from two uniform numbers per row."""
-    top = (u[:, 0] * (height - sides + 1)).long()
-    left = (u[:, 1] * (width - sides + 1)).long()
+    sides, extra = patches.sides, int(patches.whole_image)
+    top = (u[:, 0] * (height - sides + extra)).long()
+    left = (u[:, 1] * (width - sides + extra)).long()
     y = torch.arange(height, device=u.device)
     x = torch.arange(width, device=u.device)
     inside_y = (y >= top.unsqueeze(1)) & (y < (top + sides).unsqueeze(1))
@@ -132,12 +148,12 @@ def _patch(u: Tensor, sides: Tensor, height: int, width: int) -> Tensor:
     return (inside_y.unsqueeze(2) & inside_x.unsqueeze(1)).unsqueeze(1)
 
 
-def _propose_linf(state: SquareState, rows: Rows, sides: Tensor, threat: ThreatModel) -> Tensor:
+def _propose_linf(state: SquareState, rows: Rows, patches: _Patches, threat: ThreatModel) -> Tensor:
     """Algorithm 2: a patch of ±2 eps per channel, projected back to the ball."""
     batch, channels, height, width = rows.x.shape
     u = uniform(rows.key, state.queries + 1, 2 + channels)
     signs = torch.where(u[:, 2:] < 0.5, -1.0, 1.0).view(batch, channels, 1, 1)
-    patch = _patch(u, sides, height, width)
+    patch = _patch(u, patches, height, width)
     return project(state.x + patch * (2 * threat.eps * signs), rows.x, threat)
 
 
@@ -158,19 +174,19 @@ def _tiles(rows: Rows, threat: ThreatModel) -> Tensor:
     return _on_sphere(delta, rows, threat)
 
 
-def _propose_l2(state: SquareState, rows: Rows, sides: Tensor, threat: ThreatModel) -> Tensor:
+def _propose_l2(state: SquareState, rows: Rows, patches: _Patches, threat: ThreatModel) -> Tensor:
     """Algorithm 3: moves the budget of a second patch, and what is left of eps, into a first one."""
     batch, channels, height, width = rows.x.shape
     u = uniform(rows.key, state.queries + 1, 5 + channels)
     delta = state.x - rows.x
-    first, second = _patch(u[:, 0:2], sides, height, width), _patch(u[:, 2:4], sides, height, width)
+    first, second = _patch(u[:, 0:2], patches, height, width), _patch(u[:, 2:4], patches, height, width)
     spent = delta.square().sum(dim=(1, 2, 3), keepdim=True)
     budget = (threat.eps**2 - spent).clamp_min(0.0) / channels
     budget = budget + (delta * (first | second)).square().sum(dim=(2, 3), keepdim=True)
     inside = delta * first
     old = inside / (inside.square().sum(dim=(2, 3), keepdim=True).sqrt() + 1e-12)
     signs = torch.where(u[:, 5:] < 0.5, -1.0, 1.0).view(batch, channels, 1, 1)
-    fresh = _pyramids_in(first, sides, u[:, 4] > 0.5) * signs + old
+    fresh = _pyramids_in(first, patches.sides, u[:, 4] > 0.5) * signs + old
     fresh = fresh / (fresh.square().sum(dim=(2, 3), keepdim=True).sqrt() + 1e-12) * budget.sqrt()
     return _on_sphere(torch.where(first, fresh, torch.where(second, torch.zeros_like(delta), delta)), rows, threat)
 
@@ -219,6 +235,12 @@ def _on_sphere(delta: Tensor, rows: Rows, threat: ThreatModel) -> Tensor:
 
 
 @register_attack("square", summary="Square Attack, 5000 queries, no gradients", paper=ANDRIUSHCHENKO_2020)
-def square(*, queries: int = 5000) -> tuple[Attack, ...]:
+@register_attack(
+    "square-whole",
+    summary="Square Attack whose patches reach the last row and column too",
+    settings={"whole_image": True},
+    paper=ANDRIUSHCHENKO_2020,
+)
+def square(*, queries: int = 5000, whole_image: bool = False) -> tuple[Attack, ...]:
     """Random search over square patches."""
-    return (Square(queries=queries),)
+    return (Square(queries=queries, whole_image=whole_image),)

@@ -27,12 +27,14 @@ Tell = Callable[[str, int, int, int], None]
 class CellWork:
     """What a cell needs.
 
-    `clean_pred` (N,) are the whole model's predictions; `tell(stage, done, n, standing)` reports progress.
+    `search` gives the logits of `model` faster; the attack runs on it, success is judged on `model`. `clean_pred`
+    (N,) are the whole model's predictions; `tell(stage, done, n, standing)` reports progress.
     """
 
     plan: AttackPlan
     cell: CellSpec
     model: nn.Module
+    search: nn.Module
     samples: Samples
     clean_pred: Tensor
     threat: ThreatModel
@@ -86,7 +88,7 @@ class _CellRunner:
         )
         self.probe = RoutingProbe(work.model, work.samples.x, work.batch_size)
         self.done: dict[str, Tensor] = {}
-        view = make_view(work.cell.view, work.model)
+        view = make_view(work.cell.view, work.search)
         view.prepare(work.samples.x)
         self.engine = Engine(
             work.model, view, work.samples, work.threat, batch_size=work.batch_size, seed=work.cell.seed

@@ -12,9 +12,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from moebench.attacks._base import ATTACKS, AttackPlan
 from moebench.attacks._engine import Samples, to_samples
+from moebench.attacks._fuse import fused_copy
 from moebench.attacks._reference import check_reference
 from moebench.attacks._views import check_view, default_views
 from moebench.cells import CellOutcome, CellWork, run_cell
@@ -87,6 +89,7 @@ class Prepared:
     spec: EvalSpec
     dataset: Dataset
     loaded: LoadedModel
+    search: nn.Module
     threat: ThreatModel
     samples: Samples
     clean_pred: torch.Tensor
@@ -139,7 +142,8 @@ def prepare(spec: EvalSpec, plans: Sequence[AttackPlan]) -> Prepared:
         dataset.name, dataset.split, dataset.sha256, len(dataset), dataset.num_classes, dataset.class_names, threat
     )
     cells = plan_cells(spec, plans, loaded, protocol)
-    return Prepared(spec, dataset, loaded, threat, samples, logits.argmax(dim=1), protocol, cells)
+    search = fused_copy(loaded.module, samples.x[: spec.batch_size]) if spec.engine == "native" else loaded.module
+    return Prepared(spec, dataset, loaded, search, threat, samples, logits.argmax(dim=1), protocol, cells)
 
 
 def plan_cells(
@@ -244,6 +248,7 @@ def _work(prepared: Prepared, plan: AttackPlan, cell: CellSpec, number: int, lis
         plan=plan,
         cell=cell,
         model=prepared.loaded.module,
+        search=prepared.search,
         samples=prepared.samples,
         clean_pred=prepared.clean_pred,
         threat=prepared.threat,

@@ -102,7 +102,13 @@ class ModelEntry:
                 raise UsageError(
                     f"model {self.name!r} has no setting {key!r}; it has {', '.join(sorted(known)) or 'none'}"
                 )
-        return self.build(num_classes, shape, **{**self.settings, **settings})
+        try:
+            return self.build(num_classes, shape, **{**self.settings, **settings})
+        except (TypeError, ValueError) as error:
+            if not settings:
+                raise
+            given = ", ".join(f"{key}={value!r}" for key, value in settings.items())
+            raise UsageError(f"model {self.name!r} cannot be built with {given}: {error}") from error
 
     def record(self) -> ModelRecord:
         return ModelRecord(self.name, self.family, self.summary, self.training, self.routing, self.paper)

@@ -91,6 +91,8 @@ class ClassifierMoE(RoutedModel):
 
     def runner_up(self, x: Tensor) -> Tensor:
         """The best expert that the router does not select, (B,): second for top-1, (k+1)-th for top-k."""
+        if self.moe.top_k == len(self.moe.experts):
+            raise UsageError(f"the router selects all {self.moe.top_k} experts, so none comes next; use more experts")
         with torch.no_grad():
             ranking = self.moe.probabilities(self.normalize(x)).argsort(dim=1, descending=True)
         return ranking[:, self.moe.top_k]
