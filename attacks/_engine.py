@@ -62,6 +62,27 @@ class Finished:
 Sink = Callable[[Finished], None]
 
 
+@dataclass
+class Queue:
+    """Rows that wait for a place: sample, target class and random key of each, (W,); `start` is the next place."""
+
+    index: Tensor
+    target: Tensor
+    key: Tensor
+    start: int = 0
+
+    def next(self, count: int, broken: Tensor) -> Tensor:
+        """Places of up to `count` rows to start now; rows of samples that are broken by now are passed over."""
+        found: list[Tensor] = []
+        while count > 0 and self.start < len(self.index):
+            places = torch.arange(self.start, min(self.start + count, len(self.index)), device=self.index.device)
+            self.start += len(places)
+            places = places[~broken[self.index[places]]]
+            count -= len(places)
+            found.append(places)
+        return torch.cat(found) if found else self.index[:0]
+
+
 def batches(tensor: Tensor, size: int) -> Iterator[Tensor]:
     """Consecutive parts of up to `size` rows."""
     for start in range(0, len(tensor), size):
@@ -164,7 +185,7 @@ class Engine(Oracle):
         """
         self.forwards[index] = 0
         self.backwards[index] = 0
-        waiting = self._units(attack, index)
+        waiting = self._queue(attack, index)
         left = torch.zeros(len(self.samples), dtype=torch.int64, device=index.device)
         self._count(left, waiting.index)
         handed = torch.ones(len(self.samples), dtype=torch.bool, device=index.device)
@@ -173,7 +194,7 @@ class Engine(Oracle):
         state: State | None = None
         last_flush = time.perf_counter()
         while True:
-            waiting, rows, state = self._refill(attack, waiting, rows, state)
+            rows, state = self._refill(attack, waiting, rows, state)
             if rows is None or state is None:
                 break
             ended = attack.step(state, rows, self)
@@ -184,14 +205,14 @@ class Engine(Oracle):
                 last_flush = now
         self._flush(handed, left, time.perf_counter() - last_flush, sink)
 
-    def _units(self, attack: Attack, index: Tensor) -> Rows:
+    def _queue(self, attack: Attack, index: Tensor) -> Queue:
         """All rows of a stage in the order in which they start: the first target of every sample, then the second."""
         targets = self._targets(attack, index)
         width = 1 if targets is None else targets.shape[1]
         order = index.repeat(width)
         keys = [sample_keys(self.seed, f"{attack.stage}/{number}", self.samples.ids[index]) for number in range(width)]
         aims = torch.full_like(order, -1) if targets is None else targets.t().reshape(-1)
-        return Rows(order, self.samples.x[order], self.samples.y[order], aims, torch.cat(keys))
+        return Queue(order, aims, torch.cat(keys))
 
     @torch.no_grad()
     def _targets(self, attack: Attack, index: Tensor) -> Tensor | None:
@@ -205,24 +226,23 @@ class Engine(Oracle):
         return torch.cat(found)
 
     def _refill(
-        self, attack: Attack, waiting: Rows, rows: Rows | None, state: State | None
-    ) -> tuple[Rows, Rows | None, State | None]:
-        """Starts waiting rows in the free places; units of samples that are broken by now are dropped unseen."""
+        self, attack: Attack, waiting: Queue, rows: Rows | None, state: State | None
+    ) -> tuple[Rows | None, State | None]:
+        """Starts waiting rows in the free places; None when nothing runs and nothing waits any more."""
         running = 0 if rows is None else len(rows)
         free = self.batch_size - running
         # Joining costs a copy of the state, so a few free places wait until there are more of them.
-        if len(waiting) == 0 or (running > 0 and free < max(self.batch_size // 8, 1)):
-            return waiting, rows if running else None, state
-        waiting = waiting.take((~self.broken[waiting.index]).nonzero().squeeze(1))
-        if len(waiting) == 0:
-            return waiting, rows if running else None, state
-        positions = torch.arange(len(waiting), device=waiting.index.device)
-        fresh = waiting.take(positions[:free])
-        waiting = waiting.take(positions[free:])
+        if running > 0 and free < max(self.batch_size // 8, 1):
+            return rows, state
+        at = waiting.next(free, self.broken)
+        if len(at) == 0:
+            return (rows, state) if running else (None, None)
+        index = waiting.index[at]
+        fresh = Rows(index, self.samples.x[index], self.samples.y[index], waiting.target[at], waiting.key[at])
         fresh_state = attack.start(fresh, self)
         if rows is None or state is None or running == 0:
-            return waiting, fresh, fresh_state
-        return waiting, rows.join(fresh), state.join(fresh_state)
+            return fresh, fresh_state
+        return rows.join(fresh), state.join(fresh_state)
 
     def _retire(self, attack: Attack, state: State, rows: Rows, ended: Tensor, left: Tensor) -> Tensor:
         """Books the rows that are broken or at their end; returns the positions of those that go on."""
