@@ -24,18 +24,28 @@ def clean_logits(model: nn.Module, samples: Samples, num_classes: int, batch_siz
     """
     parts = []
     for x in batches(samples.x, batch_size):
-        try:
-            out = model(x)
-        except Exception as error:
-            first = (str(error).strip().splitlines() or [""])[0]
-            shape = "×".join(map(str, x.shape[1:]))
-            raise UsageError(f"the model fails on images of {shape}: {type(error).__name__}: {first[:200]}") from error
-        check_logits(out, len(x), num_classes)
-        parts.append(out.float())
+        parts.append(checked_logits(model, x, num_classes))
     logits = torch.cat(parts)
     check_not_probabilities(logits)
     check_deterministic(model, samples.x[:batch_size], parts[0])
     check_independent(model, samples.x[:8], logits[:8])
+    return logits
+
+
+def checked_logits(model: nn.Module, x: Tensor, num_classes: int) -> Tensor:
+    """The model's logits (B, K) on a batch, in float32.
+
+    Raises:
+        UsageError: the model fails, or returns no logits.
+    """
+    try:
+        out = model(x)
+    except Exception as error:
+        first = (str(error).strip().splitlines() or [""])[0]
+        given = f"images of {'×'.join(map(str, x.shape[1:]))} (batch of {len(x)})"
+        raise UsageError(f"the model fails on {given}: {type(error).__name__}: {first[:200]}") from error
+    check_logits(out, len(x), num_classes)
+    logits: Tensor = out.float()
     return logits
 
 
@@ -65,7 +75,7 @@ def check_not_probabilities(logits: Tensor) -> None:
 
 def check_deterministic(model: nn.Module, x: Tensor, first: Tensor) -> None:
     """Refuses a model that answers the same images differently."""
-    second = model(x).float()
+    second = checked_logits(model, x, first.shape[1])
     if not torch.allclose(first, second, rtol=1e-4, atol=1e-5):
         worst = float((first - second).abs().max())
         raise UsageError(
@@ -76,7 +86,7 @@ def check_deterministic(model: nn.Module, x: Tensor, first: Tensor) -> None:
 
 def check_independent(model: nn.Module, x: Tensor, together: Tensor) -> None:
     """Refuses a model whose logits for one image depend on the rest of the batch."""
-    alone = torch.cat([model(image.unsqueeze(0)).float() for image in x])
+    alone = torch.cat([checked_logits(model, image.unsqueeze(0), together.shape[1]) for image in x])
     scale = together.abs().max().clamp_min(1.0)
     if not torch.allclose(alone, together, rtol=1e-3, atol=1e-3 * float(scale)):
         raise UsageError(

@@ -7,7 +7,8 @@ import importlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -71,7 +72,7 @@ def load(
 def check_device(device: str) -> None:
     """Refuses a device that this machine does not have."""
     try:
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         first = str(error).strip().splitlines()[0]
         raise UsageError(f"device {device!r} cannot be used here ({first}); use --device cpu") from None
@@ -88,10 +89,11 @@ def _from_registry(name: str, dataset: Dataset, weights: Path | None, settings: 
     state, card = read_weights(path)
     if card.get("model") != name:
         raise UsageError(f"{path} holds weights of {card.get('model')!r}, not of {name!r}")
-    if tuple(card.get("shape", ())) != dataset.shape:
-        have, need = "×".join(map(str, card.get("shape", ()))), "×".join(map(str, dataset.shape))
+    _check_card(card, path)
+    if tuple(card["shape"]) != dataset.shape:
+        have, need = "×".join(map(str, card["shape"])), "×".join(map(str, dataset.shape))
         raise UsageError(f"the weights {path} are for images of {have}, and {dataset.name} has {need}")
-    module = entry.make(int(card["num_classes"]), dataset.shape, **{**_own_settings(card, entry.settings), **settings})
+    module = entry.make(card["num_classes"], dataset.shape, **{**_own_settings(card, entry.settings), **settings})
     load_into(module, state, str(path))
     origin = "shipped" if weights is None else path.name
     recipe = {key: card.get(key) for key in ("recipe", "settings", "seed", "validation", "command", "initialised_from")}
@@ -101,6 +103,19 @@ def _from_registry(name: str, dataset: Dataset, weights: Path | None, settings: 
     return LoadedModel(module, entry.record(), checkpoint, f"{name}/{entry.version}/{sorted(settings.items())}")
 
 
+def _check_card(card: Mapping[str, Any], path: Path) -> None:
+    """Refuses a card whose entries cannot be used, such as one that was edited."""
+    usable = {
+        "num_classes": type(card.get("num_classes")) is int and card["num_classes"] > 0,
+        "shape": isinstance(card.get("shape"), list),
+        "settings": isinstance(card.get("settings", {}), dict),
+        "log": isinstance(card.get("log", []), list),
+    }
+    wrong = [key for key, fine in usable.items() if not fine]
+    if wrong:
+        raise UsageError(f"the card of {path} has no usable {wrong[0]}; `moebench train` writes one")
+
+
 def _own_settings(card: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
     """Settings that the weights were trained with and that differ from the registry entry's own."""
     return {key: value for key, value in card.get("settings", {}).items() if defaults.get(key) != value}
@@ -108,12 +123,13 @@ def _own_settings(card: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[
 
 def _from_factory(name: str, dataset: Dataset) -> LoadedModel:
     source, _, attribute = name.rpartition(":")
-    module, code = _import(source)
-    factory = getattr(module, attribute, None)
-    if not callable(factory):
-        found = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        raise UsageError(f"{source} has no callable {attribute!r}; it has {', '.join(found[:8]) or 'none'}")
-    network = _call(factory, name, dataset.num_classes)
+    with _neighbours(source):
+        module, code = _import(source)
+        factory = getattr(module, attribute, None)
+        if not callable(factory):
+            found = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+            raise UsageError(f"{source} has no callable {attribute!r}; it has {', '.join(found[:8]) or 'none'}")
+        network = _call(factory, name, dataset.num_classes)
     if not isinstance(network, nn.Module):
         raise UsageError(f"{name} returned {type(network).__name__}; a factory must return a torch.nn.Module")
     family = "moe" if moe_layers(network) else "dense"
@@ -123,6 +139,22 @@ def _from_factory(name: str, dataset: Dataset) -> LoadedModel:
     return LoadedModel(network, record, checkpoint, code)
 
 
+@contextmanager
+def _neighbours(source: str) -> Iterator[None]:
+    """Lets a user's file, and the factory in it, import what lies beside it."""
+    folder = str(Path(source).resolve().parent)
+    if not source.endswith(".py"):
+        yield
+        return
+    sys.path.insert(0, folder)
+    try:
+        yield
+    finally:
+        # The file may have changed the list.
+        if folder in sys.path:
+            sys.path.remove(folder)
+
+
 def _import(source: str) -> tuple[ModuleType, str]:
     """Imports a user's file or module; returns it with a hash of its source."""
     if not source.endswith(".py"):
@@ -130,7 +162,7 @@ def _import(source: str) -> tuple[ModuleType, str]:
             module = importlib.import_module(source)
         except ModuleNotFoundError as error:
             raise UsageError(f"cannot import {source} ({error}); is its folder on PYTHONPATH?") from error
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise UsageError(f"importing {source} failed: {_line(error)} (--debug shows where)") from error
         return module, _source_hash(getattr(module, "__file__", None), source)
     path = Path(source)
@@ -143,14 +175,10 @@ def _import(source: str) -> tuple[ModuleType, str]:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
-    # The file may import its neighbours.
-    sys.path.insert(0, str(path.resolve().parent))
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UsageError(f"importing {source} failed: {_line(error)} (--debug shows where)") from error
-    finally:
-        sys.path.pop(0)
     return module, _source_hash(source, source)
 
 
@@ -163,7 +191,7 @@ def _call(factory: Callable[..., Any], name: str, num_classes: int) -> Any:
         return factory(num_classes=num_classes) if accepts else factory()
     except MoebenchError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UsageError(f"the factory {name} failed: {_line(error)} (--debug shows where)") from error
 
 

@@ -18,7 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from moebench.errors import UsageError
+from moebench.errors import MoebenchError, UsageError
 
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
@@ -61,10 +61,13 @@ class Registry(Generic[T]):
         Raises:
             UsageError: the name is taken by a definition elsewhere.
         """
-        if name in self._origins and self._origins[name] != origin:
-            raise UsageError(
-                f"{self.kind} {name!r} is registered twice, in {self._origins[name]} and in {origin}; rename one"
-            )
+        taken = self._origins.get(name)
+        declared = self._declarations().get(name)
+        # A name of the package itself belongs to its file, imported or not.
+        if taken is None and declared is not None and self._owns(declared) and not _inside(origin, declared.module):
+            taken = declared.origin
+        if taken is not None and taken != origin:
+            raise UsageError(f"{self.kind} {name!r} is registered twice, in {taken} and in {origin}; rename one")
         self._origins[name] = origin
         self._members[name] = member
 
@@ -89,12 +92,28 @@ class Registry(Generic[T]):
             declaration = self._declarations().get(name)
             if declaration is None:
                 raise UsageError(self.unknown(name))
-            importlib.import_module(declaration.module)
+            self._import(declaration)
         if name not in self._members:
             raise UsageError(
                 f"{self.kind} {name!r} is announced by its package but {self._origin(name)} does not register it"
             )
         return self._members[name]
+
+    def _import(self, declaration: Declaration) -> None:
+        try:
+            importlib.import_module(declaration.module)
+        except Exception as error:
+            if self._owns(declaration) or isinstance(error, MoebenchError):
+                raise
+            first = (str(error).splitlines() or [""])[0]
+            raise UsageError(
+                f"{self.kind} {declaration.name!r} cannot be imported from {declaration.origin}: "
+                f"{type(error).__name__}: {first}"
+            ) from error
+
+    def _owns(self, declaration: Declaration) -> bool:
+        """Whether a file of the registry's own package declares it, and not a plug-in."""
+        return _inside(declaration.module, self._package)
 
     def unknown(self, name: str) -> str:
         """The message for a wrong name."""
@@ -107,15 +126,16 @@ class Registry(Generic[T]):
 
     def _declarations(self) -> dict[str, Declaration]:
         if self._declared is None:
-            self._declared = {}
+            found: dict[str, Declaration] = {}
             for declaration in (*self._scan(), *self._plugins()):
-                other = self._declared.get(declaration.name)
+                other = found.get(declaration.name)
                 if other is not None:
                     raise UsageError(
                         f"{self.kind} {declaration.name!r} is declared twice, in {other.origin} and in "
                         f"{declaration.origin}; rename one of them"
                     )
-                self._declared[declaration.name] = declaration
+                found[declaration.name] = declaration
+            self._declared = found
         return self._declared
 
     def _scan(self) -> Iterator[Declaration]:
@@ -143,6 +163,10 @@ def scan(path: Path, module: str, decorator: str) -> Iterator[Declaration]:
                 word.arg: ast.literal_eval(word.value) for word in call.keywords if word.arg and _literal(word.value)
             }
             yield Declaration(name, module, f"{path.name}:{call.lineno}", facts)
+
+
+def _inside(name: str, package: str) -> bool:
+    return name.startswith(f"{package}.")
 
 
 def _literal(node: ast.expr) -> bool:

@@ -12,16 +12,15 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from moebench.attacks._engine import batches
-from moebench.models._moe import Routing, moe_layers, route
+from moebench.models._moe import moe_layers, route
 from moebench.schema import IntArray, RoutingLayer
 
 
 @dataclass
 class _Layer:
-    """Clean and attacked routing of one layer: weights (N, E), selected (N, E), entropy (N,)."""
+    """Clean and attacked routing of one layer: weights (N, E), of which the selected are positive, entropy (N,)."""
 
     weights: Tensor
-    selected: Tensor
     entropy: Tensor
     adv_weights: Tensor
     adv_entropy: Tensor
@@ -43,17 +42,17 @@ class RoutingProbe:
         self._layers: dict[str, _Layer] = {}
         if not moe_layers(model):
             return
-        for name, (hard, entropy) in self._measure(x).items():
-            self._layers[name] = _Layer(hard.weights, hard.selected, entropy, hard.weights.clone(), entropy.clone())
+        for name, (weights, entropy) in self._measure(x).items():
+            self._layers[name] = _Layer(weights, entropy, weights.clone(), entropy.clone())
 
     def look(self, x_adv: Tensor, index: Tensor) -> dict[str, NDArray[Any]]:
         """Measures the routing on attacked images of the samples `index`; returns it as arrays (m, …) for the store."""
         if not self._layers:
             return {}
         extras: dict[str, NDArray[Any]] = {}
-        for name, (hard, entropy) in self._measure(x_adv).items():
-            self._note(name, index, hard.weights, entropy)
-            extras[f"{name}/weights"] = hard.weights.cpu().numpy().astype(np.float32)
+        for name, (weights, entropy) in self._measure(x_adv).items():
+            self._note(name, index, weights, entropy)
+            extras[f"{name}/weights"] = weights.cpu().numpy().astype(np.float32)
             extras[f"{name}/entropy"] = entropy.cpu().numpy().astype(np.float32)
         self.attacked[index] = True
         return extras
@@ -82,27 +81,23 @@ class RoutingProbe:
         layer.adv_entropy[index] = entropy
 
     @torch.no_grad()
-    def _measure(self, x: Tensor) -> dict[str, tuple[Routing, Tensor]]:
-        parts: dict[str, list[tuple[Routing, Tensor]]] = {}
+    def _measure(self, x: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """Routing weights (B, E) and the entropy of the router's softmax (B,), by layer."""
+        parts: dict[str, list[tuple[Tensor, Tensor]]] = {}
         for batch in batches(x, self.batch_size):
             soft = route(self.model, batch, soft=True)
             for name, hard in route(self.model, batch).items():
                 probs = soft[name].weights
                 entropy = -(probs * probs.clamp_min(1e-30).log()).sum(dim=1)
-                parts.setdefault(name, []).append((hard, entropy))
+                parts.setdefault(name, []).append((hard.weights, entropy))
         return {
-            name: (
-                Routing(
-                    torch.cat([hard.weights for hard, _ in found]), torch.cat([hard.selected for hard, _ in found])
-                ),
-                torch.cat([entropy for _, entropy in found]),
-            )
+            name: (torch.cat([weights for weights, _ in found]), torch.cat([entropy for _, entropy in found]))
             for name, found in parts.items()
         }
 
 
 def _aggregate(name: str, layer: _Layer, at: Tensor) -> RoutingLayer:
-    before, after = layer.selected[at], layer.adv_weights[at] > 0
+    before, after = layer.weights[at] > 0, layer.adv_weights[at] > 0
     shared, either = (before & after).sum(dim=1), (before | after).sum(dim=1)
     first, last = layer.weights[at].argmax(dim=1), layer.adv_weights[at].argmax(dim=1)
     experts = before.shape[1]

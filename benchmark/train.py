@@ -11,6 +11,7 @@ import math
 import os
 import random
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -97,14 +98,24 @@ def train(spec: TrainSpec, progress: Callable[[EpochLog, int], None] | None = No
     entry = MODELS.get(spec.model)
     if entry.recipe is None:
         raise UsageError(f"model {spec.model!r} has no training recipe")
+    if not 0 <= spec.seed < 2**32:
+        raise UsageError(f"the seed must be between 0 and {2**32 - 1}, got {spec.seed}")
     recipe = _override(entry.recipe, spec.recipe or {})
+    if recipe.epochs > 0 and not entry.objective:
+        raise UsageError(f"{spec.model} is composed of trained models and has no objective; leave out epochs")
     train_set, val_set = load_dataset(spec.dataset, split="train"), load_dataset(spec.dataset, split="val")
     _seed_everything(spec.seed)
     settings = {**entry.settings, **(spec.settings or {})}
     model = entry.make(train_set.num_classes, train_set.shape, **(spec.settings or {})).to(spec.device)
     initialised_from = _initialise(model, recipe, spec)
-    trainer = Trainer(model, entry, recipe, train_set, val_set, spec, settings)
-    best, log = trainer.run(progress)
+    trainer = Trainer(model, entry, recipe, train_set, val_set, spec, {**settings, **initialised_from})
+    try:
+        best, log = trainer.run(progress)
+    except RunError:
+        # The same steps would end the same way, and another seed should not have to ask for --fresh.
+        if trainer.epoch > 0:
+            trainer.checkpoint_path.unlink(missing_ok=True)
+        raise
     card = {
         "model": spec.model,
         "settings": settings,
@@ -128,7 +139,10 @@ def train(spec: TrainSpec, progress: Callable[[EpochLog, int], None] | None = No
 
 
 class Trainer:
-    """State of one training run: model, optimisers, schedules, the best epoch so far."""
+    """State of one training run: model, optimisers, schedules, the best epoch so far.
+
+    `start` says what the fresh model is: its settings, and the weights that its parts begin with.
+    """
 
     def __init__(
         self,
@@ -138,13 +152,13 @@ class Trainer:
         train_set: Dataset,
         val_set: Dataset,
         spec: TrainSpec,
-        settings: Mapping[str, Any],
+        start: Mapping[str, Any],
     ) -> None:
         self.model = model
         self.entry = entry
         self.recipe = recipe
         self.spec = spec
-        self.settings = settings
+        self.start = start
         self.threat = train_set.default_threat()
         self.x, self.y = _tensors(train_set, spec.device)
         self.x_val, self.y_val = _tensors(val_set, spec.device)
@@ -261,7 +275,7 @@ class Trainer:
                 self.spec.model,
                 self.spec.dataset,
                 self.spec.seed,
-                dict(self.settings),
+                dict(self.start),
                 asdict(self.recipe),
                 asdict(self.threat),
             ],
@@ -286,20 +300,24 @@ class Trainer:
             self.checkpoint_path.parent.mkdir(parents=True, exist_ok=True)
             torch.save(state, temporary)
             os.replace(temporary, self.checkpoint_path)
-        except OSError as error:
-            temporary.unlink(missing_ok=True)
-            raise UsageError(f"cannot write {self.checkpoint_path}: {error.strerror or error}") from None
+        except (OSError, RuntimeError) as error:
+            # torch reports a full disk as a RuntimeError that does not say so.
+            with suppress(OSError):
+                temporary.unlink()
+            reason = (error.strerror or error) if isinstance(error, OSError) else "is the disk full?"
+            raise UsageError(f"cannot write {self.checkpoint_path}: {reason}") from None
 
     def _resume(self) -> None:
         if not self.checkpoint_path.exists():
             return
         try:
             state = torch.load(self.checkpoint_path, map_location=self.spec.device, weights_only=True)
+            identity = state["identity"]
         except Exception as error:
             raise UsageError(
                 f"cannot read {self.checkpoint_path} ({type(error).__name__}); delete it or use --fresh"
             ) from None
-        if state["identity"] != self._identity():
+        if identity != self._identity():
             raise UsageError(
                 f"{self.checkpoint_path} belongs to a run with another recipe or seed; delete it or use --fresh"
             )
@@ -326,6 +344,11 @@ def _initialise(model: nn.Module, recipe: Recipe, spec: TrainSpec) -> dict[str, 
                 f"run `moebench train --model {name} --dataset {spec.dataset} --out {spec.out}` first"
             )
         state, card = read_weights(path)
+        if (card.get("model"), card.get("dataset")) != (name, spec.dataset):
+            raise UsageError(
+                f"{path} holds {card.get('model')} trained on {card.get('dataset')}; "
+                f"{spec.model} on {spec.dataset} starts from {name} trained on {spec.dataset}"
+            )
         load_into(model.get_submodule(part), state, str(path))
         sources[part] = f"{name} {card['sha256']}"
     return sources

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -51,6 +52,20 @@ class Recipe:
     translate: int = 1
     select: Literal["clean", "robust", "mean"] = "robust"
     init_from: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, least in (("epochs", 0), ("batch_size", 1), ("cycles", 1), ("attack_steps", 0), ("translate", 0)):
+            value = getattr(self, name)
+            if type(value) is not int or value < least:
+                raise UsageError(f"{name} of a recipe must be a whole number >= {least}, got {value!r}")
+        for name in ("lr_low", "lr_high", "step_fraction", "beta", "balance"):
+            value = getattr(self, name)
+            if type(value) not in (int, float) or not 0 <= value < math.inf:
+                raise UsageError(f"{name} of a recipe must be a finite number >= 0, got {value!r}")
+        if self.select not in ("clean", "robust", "mean"):
+            raise UsageError(f"select of a recipe must be clean, robust or mean, got {self.select!r}")
+        if not isinstance(self.init_from, Mapping):
+            raise UsageError(f"init_from of a recipe must map parts to model names, got {self.init_from!r}")
 
 
 PhaseLoss = Callable[[Any, Tensor, Tensor, Adversary, Recipe], Tensor]

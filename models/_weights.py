@@ -68,7 +68,7 @@ def read_card(path: Path) -> dict[str, Any]:
         card = json.loads(card_path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UsageError(f"no card {card_path} beside the weights; `moebench train` writes both") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"cannot read the card {card_path}: {error}") from None
     if not isinstance(card, dict) or not isinstance(card.get("sha256"), str):
         raise UsageError(f"the card {card_path} is not one that `moebench train` wrote (no sha256)")
