@@ -82,7 +82,7 @@ def _weights(entry: ModelEntry) -> Iterator[str]:
         yield f"  {path.parent.name}: sha256 {card['sha256']}, seed {card['seed']}, trained for {threat}"
         yield (
             f"    epoch {chosen['epoch']} of {card['recipe']['epochs']}, chosen by {chosen['selected_by']} accuracy "
-            f"on the validation split: clean {chosen['clean']:.2%}, {chosen['attack']} {chosen['robust']:.2%}"
+            f"on the validation split: clean {chosen['clean']:.2%}, {chosen['robust']:.2%} under {chosen['attack']}"
         )
     if not found:
         yield "  none"

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import sys
+import traceback
 from collections.abc import Sequence
+from io import TextIOWrapper
 
 import click
 
 from moebench import __version__
+from moebench.commands._options import debug_option
 from moebench.commands.evaluate import evaluate_command
 from moebench.commands.listing import list_command
 from moebench.commands.report import report_command
@@ -18,6 +21,7 @@ from moebench.errors import MoebenchError
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="moebench")
+@debug_option
 def cli() -> None:
     """Adversarial robustness of mixture-of-experts vision models, measured."""
 
@@ -30,17 +34,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit code: 0 done, 1 the run failed, 2 bad usage."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # an encoding without – or × is no reason to lose a result
+            stream.reconfigure(errors="replace")
     try:
         return int(cli.main(words, prog_name="moebench", standalone_mode=False) or 0)
     except click.exceptions.NoArgsIsHelpError as error:
         error.show()
         return 2
     except click.ClickException as error:
-        _say(error.format_message())
+        _say(f"{error.format_message().rstrip('.')}{_see_help(error)}")
         return 2
     except MoebenchError as error:
-        if debug:
-            raise
+        _trace(debug)
         _say(str(error))
         return error.exit_code
     except (click.Abort, KeyboardInterrupt):
@@ -49,10 +55,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         return 1
     except Exception as error:
-        if debug:
-            raise
-        _say(f"failed: {type(error).__name__}: {error} (--debug shows where)")
+        _trace(debug)
+        _say(f"failed: {type(error).__name__}: {error}{'' if debug else ' (--debug shows where)'}")
         return 1
+
+
+def _see_help(error: click.ClickException) -> str:
+    context = getattr(error, "ctx", None)
+    return "" if context is None else f" (see `{context.command_path} --help`)"
+
+
+def _trace(debug: bool) -> None:
+    if debug:
+        traceback.print_exc()
 
 
 def _say(text: str) -> None:

@@ -22,7 +22,7 @@ from moebench.attacks._views import check_view, default_views
 from moebench.cells import CellOutcome, CellWork, run_cell
 from moebench.checks import clean_logits
 from moebench.datasets import Dataset, load_dataset
-from moebench.errors import MoebenchError, UsageError
+from moebench.errors import MoebenchError, RunError, UsageError
 from moebench.loading import LoadedModel, load
 from moebench.provenance import environment, fingerprint
 from moebench.schema import (
@@ -174,6 +174,7 @@ def _views_of(plan: AttackPlan, spec: EvalSpec, loaded: LoadedModel) -> Sequence
 def _cell(plan: AttackPlan, view: str, spec: EvalSpec, loaded: LoadedModel, protocol: ProtocolRecord) -> CellSpec:
     parameters = plan.parameters()
     facts = {
+        "model": loaded.record.name,
         "weights": loaded.checkpoint.sha256,
         "code": loaded.code,
         "data": protocol.data_sha256,
@@ -200,7 +201,12 @@ def _run(prepared: Prepared, store: Store, listener: Listener | None) -> Summary
             prepared.loaded.record,
             prepared.loaded.checkpoint,
             prepared.protocol,
-            {**environment(spec.device, torch.get_num_threads()), "seed": spec.seed, "batch_size": spec.batch_size},
+            {
+                **environment(spec.device, torch.get_num_threads()),
+                "seed": spec.seed,
+                "batch_size": spec.batch_size,
+                "code": prepared.loaded.code,
+            },
         )
     )
     records: list[ResultRecord] = []
@@ -261,7 +267,7 @@ def save_adversarial(path: Path, prepared: Prepared, outcomes: Sequence[CellOutc
     """Writes the images of `--save-adv`: per sample that of the first cell that broke it, else of the last cell.
 
     Raises:
-        UsageError: the file cannot be written.
+        RunError: the file cannot be written.
     """
     x_adv, pred = outcomes[-1].x_adv.clone(), outcomes[-1].adv_pred.clone()
     robust = ~outcomes[-1].broken
@@ -283,7 +289,7 @@ def save_adversarial(path: Path, prepared: Prepared, outcomes: Sequence[CellOutc
             np.savez_compressed(file, allow_pickle=False, **arrays)
         temporary.replace(path)
     except OSError as error:
-        raise UsageError(f"cannot write {path}: {error.strerror or error}") from None
+        raise RunError(f"cannot write {path}: {error.strerror or error}; the results are stored") from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -292,6 +298,8 @@ def _check_writable(path: Path) -> None:
     """Refuses an output file that could not be written after hours of work."""
     if path.is_dir():
         raise UsageError(f"--save-adv takes a file, and {path} is a folder")
+    if path.exists() and not path.is_file():
+        raise UsageError(f"--save-adv takes an ordinary file, and {path} is none; name another")
     probe = path.with_name(f".{path.name}.probe")
     try:
         probe.touch()

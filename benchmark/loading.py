@@ -9,7 +9,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -93,14 +93,18 @@ def _from_registry(name: str, dataset: Dataset, weights: Path | None, settings: 
     if tuple(card["shape"]) != dataset.shape:
         have, need = "×".join(map(str, card["shape"])), "×".join(map(str, dataset.shape))
         raise UsageError(f"the weights {path} are for images of {have}, and {dataset.name} has {need}")
-    module = entry.make(card["num_classes"], dataset.shape, **{**_own_settings(card, entry.settings), **settings})
+    changed = {**_own_settings(card, entry.settings), **settings}
+    module = entry.make(card["num_classes"], dataset.shape, **changed)
     load_into(module, state, str(path))
+    # A variant is a model of its own in tables: "rt-er[router=frozen]".
+    variant = f"[{','.join(f'{key}={value}' for key, value in sorted(changed.items()))}]" if changed else ""
+    record = replace(entry.record(), name=f"{name}{variant}")
     origin = "shipped" if weights is None else path.name
     recipe = {key: card.get(key) for key in ("recipe", "settings", "seed", "validation", "command", "initialised_from")}
     checkpoint = _checkpoint(
-        module, card["sha256"], name, card.get("dataset"), origin, dataset, recipe, card.get("log", ())
+        module, card["sha256"], record.name, card.get("dataset"), origin, dataset, recipe, card.get("log", ())
     )
-    return LoadedModel(module, entry.record(), checkpoint, f"{name}/{entry.version}/{sorted(settings.items())}")
+    return LoadedModel(module, record, checkpoint, f"{name}/{entry.version}/{sorted(settings.items())}")
 
 
 def _check_card(card: Mapping[str, Any], path: Path) -> None:
@@ -123,6 +127,8 @@ def _own_settings(card: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[
 
 def _from_factory(name: str, dataset: Dataset) -> LoadedModel:
     source, _, attribute = name.rpartition(":")
+    if not source or not attribute:
+        raise UsageError(f"{name!r} lacks a part; --model takes a name, FILE.py:FACTORY or package.module:FACTORY")
     with _neighbours(source):
         module, code = _import(source)
         factory = getattr(module, attribute, None)
@@ -135,7 +141,9 @@ def _from_factory(name: str, dataset: Dataset) -> LoadedModel:
     family = "moe" if moe_layers(network) else "dense"
     shown = f"{Path(source).name if source.endswith('.py') else source}:{attribute}"
     record = ModelRecord(shown, "external", f"a user's {family} model", None, None, None)
-    checkpoint = _checkpoint(network, state_sha256(network), shown, None, shown, dataset, {}, ())
+    # Weights alone do not identify a user's model: the file around them may compute something else tomorrow.
+    identity = hashlib.sha256(f"{state_sha256(network)}\n{code}".encode()).hexdigest()
+    checkpoint = _checkpoint(network, identity, shown, None, shown, dataset, {}, ())
     return LoadedModel(network, record, checkpoint, code)
 
 

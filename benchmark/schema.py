@@ -133,7 +133,7 @@ class ModelRecord:
 
 @dataclass(frozen=True)
 class CheckpointRecord:
-    """One set of weights. `sha256` is of the safetensors file, or of the state dict for a user's own model.
+    """One set of weights. `sha256` is of the safetensors file, or of state dict and source for a user's own model.
 
     `parameters` counts all weights, `active_parameters` those that one sample uses, `flops` is per sample.
     """
@@ -260,6 +260,10 @@ class ResultRecord:
     changed_predictions: float
     routing: tuple[RoutingLayer, ...] = ()
     stages: Json = field(default_factory=dict)
+
+
+OVERSTATED_RA = "over-stated-ra"
+"""Flag: an attack on a part of the model leaves fewer samples standing than the attacks on the whole of it."""
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moebench.metrics import standing, worst_case
-from moebench.schema import SUITE_VERSION, BoolArray, Flag, Outcomes, ResultRecord, StoredResult
+from moebench.schema import (
+    OVERSTATED_RA,
+    SUITE_VERSION,
+    BoolArray,
+    Flag,
+    Outcomes,
+    ProtocolRecord,
+    ResultRecord,
+    StoredResult,
+    ThreatModel,
+)
 from moebench.store import Store
 
 if TYPE_CHECKING:
@@ -105,9 +115,23 @@ def summarise(
 
 
 def comparable(store: Store, prepared: Prepared) -> list[StoredResult]:
-    """Every finished result of these weights on these samples under this threat model, whatever command made it."""
-    found = store.results(model=prepared.loaded.record.name, checkpoint_sha=prepared.loaded.checkpoint.sha256)
-    return [result for result in found if result.protocol == prepared.protocol]
+    """Every finished result of these weights on these samples under this threat model, whatever command made it.
+
+    Results of the same weights in another program, by a setting or a change of the model's file, are another model's.
+    """
+    loaded = prepared.loaded
+    found = store.results(model=loaded.record.name, checkpoint_sha=loaded.checkpoint.sha256)
+    wanted = _measured_on(prepared.protocol), loaded.code
+    return [
+        result
+        for result in found
+        if (_measured_on(result.protocol), result.environment.get("code", loaded.code)) == wanted
+    ]
+
+
+def _measured_on(protocol: ProtocolRecord) -> tuple[str, ThreatModel, str]:
+    """What makes two protocols the same; the data is what it holds, not the path it was read from."""
+    return protocol.data_sha256, protocol.threat, protocol.version
 
 
 def overstated(by_view: dict[str, list[Outcomes]]) -> list[Flag]:
@@ -121,7 +145,7 @@ def overstated(by_view: dict[str, list[Outcomes]]) -> list[Flag]:
         if view != "whole" and component.sum() < whole.sum():
             flags.append(
                 Flag(
-                    "over-stated-ra",
+                    OVERSTATED_RA,
                     f"attacks on view {view} leave {int(component.sum())} of {whole.size} samples standing, "
                     f"those on the whole model {int(whole.sum())}; only the lower number bounds the robustness",
                 )

@@ -69,7 +69,8 @@ def test_factory_of_a_file(file: Path, digits: Dataset, factory: str) -> None:
     assert loaded.record.name == f"mine.py:{factory}"
     assert (loaded.record.family, loaded.record.summary) == ("external", "a user's dense model")
     assert loaded.code == hashlib.sha256(file.read_bytes()).hexdigest()
-    assert loaded.checkpoint.sha256 == state_sha256(loaded.module)
+    both = f"{state_sha256(loaded.module)}\n{loaded.code}".encode()
+    assert loaded.checkpoint.sha256 == hashlib.sha256(both).hexdigest()
     assert (loaded.checkpoint.parameters, loaded.checkpoint.active_parameters) == (650, 650)
     assert (loaded.checkpoint.dataset, loaded.checkpoint.origin) == (None, f"mine.py:{factory}")
 

@@ -26,6 +26,16 @@ def debug_option(function: Decorated) -> Decorated:
     return click.option("--debug", is_flag=True, expose_value=False, help="Show a traceback on errors.")(function)
 
 
+def seed_option(text: str) -> Callable[[Decorated], Decorated]:
+    return click.option("--seed", type=int, default=0, show_default=True, metavar="N", callback=_check_seed, help=text)
+
+
+def _check_seed(context: click.Context, parameter: click.Parameter, seed: int) -> int:
+    if not 0 <= seed < 2**32:
+        raise UsageError(f"the seed must be between 0 and {2**32 - 1}, got {seed}")
+    return seed
+
+
 def settings_option(function: Decorated) -> Decorated:
     return click.option(
         "--set",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from rich.table import Table
+from rich.console import Console
 
 from moebench.metrics import wilson
 from moebench.schema import ResultRecord
@@ -14,6 +14,12 @@ if TYPE_CHECKING:
     from moebench.summary import Summary
 
 LABELS = {"ra": "RA", "ra_e": "RA-E", "ra_r": "RA-R", "ra_smoe": "RA-SMoE", "ra_rmoe": "RA-RMoE"}
+HEADINGS = ("attack", "view", "acc %", "95 % interval", "rerouted %", "forwards", "backwards", "seconds")
+LEFT = 2
+"""How many columns are text and stand at the left; numbers stand at the right."""
+OPTIONAL = (6, 5, 7, 4)
+"""Columns that a narrow terminal does without, the first to go first."""
+UNLIMITED = 10_000
 
 
 def percent(value: float) -> str:
@@ -41,27 +47,42 @@ def headline_lines(summary: Summary) -> Iterable[str]:
         yield f"  [dim]not applicable or not attacked here: {', '.join(missing)}[/dim]"
 
 
-def results_table(records: Sequence[ResultRecord]) -> Table:
-    """One line per attack and view."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for heading in ("attack", "view"):
-        table.add_column(heading, no_wrap=True)
-    for heading in ("acc %", "95 % interval", "rerouted %", "forwards", "backwards", "seconds"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for record in records:
-        layers = record.routing
-        rerouted = "–" if not layers else percent(sum(layer.changed for layer in layers) / len(layers))
-        table.add_row(
-            record.attack,
-            record.view.replace("[", "\\["),
-            percent(record.accuracy),
-            f"{percent(record.ci_low)}–{percent(record.ci_high)}",
-            rerouted,
-            _short(record.forwards),
-            _short(record.backwards),
-            f"{record.seconds:.1f}",
-        )
-    return table
+def standard_output() -> Console:
+    """Where results go: the terminal wraps long lines, files and pipes get them whole."""
+    console = Console(highlight=False, soft_wrap=True)
+    if not console.is_terminal:
+        console.width = UNLIMITED
+    return console
+
+
+def results_lines(records: Sequence[ResultRecord], width: int) -> list[str]:
+    """A heading and one line per attack and view; where they are wider than `width`, the costs are left out."""
+    rows = [HEADINGS, *(_cells(record) for record in records)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(HEADINGS))]
+    shown = list(range(len(HEADINGS)))
+    for column in OPTIONAL:
+        if sum(widths[kept] + 2 for kept in shown) - 2 > width:
+            shown.remove(column)
+    heading, *lines = ("  ".join(_aligned(row, widths, column) for column in shown).rstrip() for row in rows)
+    return [f"[bold]{heading}[/bold]", *(line.replace("[", "\\[") for line in lines)]
+
+
+def _aligned(row: Sequence[str], widths: Sequence[int], column: int) -> str:
+    return row[column].ljust(widths[column]) if column < LEFT else row[column].rjust(widths[column])
+
+
+def _cells(record: ResultRecord) -> tuple[str, ...]:
+    layers = record.routing
+    return (
+        record.attack,
+        record.view,
+        percent(record.accuracy),
+        f"{percent(record.ci_low)}–{percent(record.ci_high)}",
+        "–" if not layers else percent(sum(layer.changed for layer in layers) / len(layers)),
+        _short(record.forwards),
+        _short(record.backwards),
+        f"{record.seconds:.1f}",
+    )
 
 
 def _short(count: int) -> str:

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import json
 import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from moebench.commands._options import database_option, debug_option, parse_settings, settings_option, split_names
-from moebench.errors import UsageError
+from moebench.commands._options import (
+    database_option,
+    debug_option,
+    parse_settings,
+    seed_option,
+    settings_option,
+    split_names,
+)
+from moebench.errors import RunError, UsageError
 from moebench.registry import attack_registry, model_registry
 from moebench.schema import check_view_name, parse_eps
 
@@ -31,7 +41,7 @@ if TYPE_CHECKING:
 @click.option("--n", type=int, metavar="N", help="Only the first N samples.")
 @click.option("--batch-size", type=int, default=256, show_default=True, help="Rows that run together.")
 @click.option("--device", default="cpu", show_default=True, help="Torch device, such as cuda.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of random starts and proposals.")
+@seed_option("Seed of random starts and proposals.")
 @click.option(
     "--engine", default="native", show_default=True, type=click.Choice(["native", "reference"]),
     help="Our engine, or pyautoattack and torchattacks.",
@@ -71,7 +81,7 @@ def evaluate_command(
         return
     from moebench.commands._progress import listening
 
-    with listening() as listener:
+    with listening() as listener, _users_code():
         summary = evaluate(spec, listener)
     if as_json:
         click.echo(json.dumps(summary.to_json()))
@@ -116,10 +126,21 @@ def _check_names(model: str, attacks: tuple[str, ...], views: tuple[str, ...]) -
         check_view_name(view)
 
 
+@contextmanager
+def _users_code() -> Iterator[None]:
+    """What a user's model prints must not mix with the results, and its sys.exit must not pass for ours."""
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    except SystemExit as error:
+        raise RunError(f"the code of the model called sys.exit({error.code!r})") from error
+
+
 def _dry_run(spec: EvalSpec, as_json: bool) -> None:
     from moebench.evaluation import plan_only
 
-    planned = plan_only(spec)
+    with _users_code():
+        planned = plan_only(spec)
     if as_json:
         click.echo(json.dumps({"cells": [cell.to_json() for cell in planned]}))
         return
@@ -133,22 +154,21 @@ def _dry_run(spec: EvalSpec, as_json: bool) -> None:
 
 
 def _print(summary: Summary, spec: EvalSpec) -> None:
-    from rich.console import Console
-
-    from moebench.commands._tables import headline_lines, results_table
+    from moebench.commands._tables import headline_lines, results_lines, standard_output
     from moebench.schema import ThreatModel
 
-    console = Console(highlight=False)
+    console = standard_output()
     threat = ThreatModel(spec.norm, summary.eps)
     console.print(f"[bold]{_plain(summary.model)}[/bold] on {_plain(summary.dataset)}, n = {summary.n}, {threat}")
     for line in headline_lines(summary):
         console.print(line)
-    console.print(results_table(summary.results))
+    for line in results_lines(summary.results, console.width):
+        console.print(line)
     for flag in summary.flags:
         console.print(f"[yellow]flag[/yellow] {flag.code}: {_plain(flag.evidence)}")
     if summary.reused:
-        what = "All results were" if summary.reused == len(summary.results) else f"{summary.reused} results were"
-        console.print(f"{what} already in the database and not computed again (--fresh does).")
+        what = "All" if summary.reused == len(summary.results) else f"{summary.reused} of {len(summary.results)}"
+        console.print(f"{what} results were in the database already and not computed again (--fresh does).")
     console.print(f"run {summary.run_id}, {summary.seconds:.1f} s")
     if spec.save_adv is not None:
         console.print(f"adversarial images: {_plain(str(spec.save_adv))}")

@@ -14,7 +14,7 @@ from moebench.commands._options import database_option, debug_option
 @database_option
 @debug_option
 def report_command(out: Path, db: str | None) -> None:
-    """Render HTML leaderboards, LaTeX tables and data files from the database."""
+    """Render pages, LaTeX tables and data files from the database."""
     from moebench.report import write_report
     from moebench.store import Store
 

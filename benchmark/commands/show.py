@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 @database_option
 @debug_option
 def show_command(what: str, db: str | None) -> None:
-    """Show a model's card (paper, architecture, recipe, claims), or a stored run by the start of its id."""
+    """Show the card of a model, or a stored run.
+
+    A card holds paper, architecture, recipe, weights and claims; a run is named by the start of its id.
+    """
     if what in model_registry():
         from moebench.cards import model_card
 
@@ -36,12 +39,11 @@ def show_command(what: str, db: str | None) -> None:
 
 
 def _show_run(run: StoredRun) -> None:
-    from rich.console import Console
     from rich.markup import escape
 
-    from moebench.commands._tables import results_table
+    from moebench.commands._tables import results_lines, standard_output
 
-    console = Console(highlight=False)
+    console = standard_output()
     protocol, environment = run.protocol, run.environment
     took = "" if run.seconds is None else f", {run.seconds:.1f} s"
     console.print(
@@ -58,7 +60,8 @@ def _show_run(run: StoredRun) -> None:
     console.print(f"  started     {run.started_at}, on {machine}")
     versions = environment.get("versions") or {}
     console.print("  versions    " + ", ".join(f"{name} {value}" for name, value in versions.items() if value))
-    console.print(results_table([result.record for result in run.results]))
+    for line in results_lines([result.record for result in run.results], console.width):
+        console.print(line)
     for result in run.results:
         for layer in result.record.routing:
             console.print(

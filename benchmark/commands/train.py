@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from moebench.commands._options import debug_option, parse_settings, settings_option
+from moebench.commands._options import debug_option, parse_settings, seed_option, settings_option
 from moebench.errors import UsageError
 from moebench.registry import model_registry
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 @click.option("--dataset", default="digits", show_default=True, metavar="NAME", help="Needs a train and a val split.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("runs"), show_default=True, metavar="DIR")
 @click.option("--epochs", type=click.IntRange(min=0), help="Epochs instead of the recipe's.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of weights, batches and random starts.")
+@seed_option("Seed of weights, batches and random starts.")
 @click.option("--device", default="cpu", show_default=True, help="Torch device, such as cuda.")
 @click.option("--fresh", is_flag=True, help="Start over instead of going on from the last checkpoint.")
 @settings_option
@@ -35,9 +35,10 @@ def train_command(
     fresh: bool,
     settings: tuple[str, ...],
 ) -> None:
-    """Train a registered model; the epoch is chosen on the validation split.
+    """Train a registered model.
 
-    --set takes settings of the model (router=frozen) and of its recipe (beta=3).
+    The epoch is chosen on the validation split. --set takes settings of the model (router=frozen) and of its recipe
+    (beta=3).
     """
     if model not in model_registry():
         raise UsageError(model_registry().unknown(model))
@@ -54,7 +55,7 @@ def train_command(
     chosen = card["validation"]
     click.echo(
         f"{model}: epoch {chosen['epoch']} chosen on the validation split, clean {chosen['clean']:.2%}, "
-        f"{chosen['attack']} {chosen['robust']:.2%}"
+        f"{chosen['robust']:.2%} under {chosen['attack']}"
     )
     click.echo(f"weights: {path}")
     if path.parent.name != dataset:

@@ -87,6 +87,8 @@ def results_jsonl(store: ReadableStore) -> str:
 def _line(stored: StoredResult, outcomes: Outcomes) -> str:
     record = asdict(stored)
     record["environment"] = public(stored.environment)
+    # Hundreds of lines per model; the log stays in the database and in the card beside the weights.
+    del record["checkpoint"]["training_log"]
     record["outcomes"] = {
         "n": int(outcomes.index.size),
         "standing": int(np.count_nonzero(np.logical_not(outcomes.broken))),

@@ -20,7 +20,7 @@ from moebench.report.evidence import (
     result_key,
 )
 from moebench.report.text import digest, percent, slug
-from moebench.schema import CheckpointRecord, Claim, ModelRecord, ProtocolRecord, StoredResult, StoredRun
+from moebench.schema import OVERSTATED_RA, CheckpointRecord, Claim, ModelRecord, ProtocolRecord, StoredResult, StoredRun
 
 RANKING_ATTACK = "autoattack"
 OVERSTATED = "over-stated RA"
@@ -257,7 +257,8 @@ def _marks(cells: Sequence[Evidence], runs: Sequence[StoredRun]) -> tuple[Mark, 
     found = {*overstated(cells), *_clean_differs(cells)}
     for run in runs:
         if (run.model.name, run.checkpoint.sha256, group_key(run.protocol)) == where:
-            found.update(Mark(flag.code, flag.evidence) for flag in run.flags)
+            # A run knows only its own attacks; whether RA is over-stated is decided above, from all of them.
+            found.update(Mark(flag.code, flag.evidence) for flag in run.flags if flag.code != OVERSTATED_RA)
     return tuple(sorted(found, key=lambda mark: (mark.code, mark.words)))
 
 

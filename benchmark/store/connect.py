@@ -37,6 +37,10 @@ class DamagedError(UsageError):
     """The file is no SQLite database, or one with broken pages."""
 
 
+class BusyError(RunError):
+    """Another process holds the database."""
+
+
 class Database:
     """An open database of the current schema; hands out sessions, one transaction each.
 
@@ -65,7 +69,7 @@ class Database:
                     self._engine.dispose()
                     raise
         except BaseException as error:
-            if not isinstance(error, RunError):  # then another process may be making the file
+            if not isinstance(error, BusyError):  # then another process may be making the file
                 _tidy(_beside(self.path) - before, damaged=isinstance(error, DamagedError))
             raise
 
@@ -97,7 +101,7 @@ class Database:
     def close(self) -> None:
         """Closes all connections; the last process to do so leaves one file, nothing beside it."""
         if self.write and self.path is not None:
-            with suppress(DBAPIError), self._engine.connect() as connection:
+            with suppress(DBAPIError, sqlite3.Error), self._engine.connect() as connection:
                 connection.connection.cursor().execute("PRAGMA wal_checkpoint(TRUNCATE)")
         self._engine.dispose()
 
@@ -190,7 +194,9 @@ def _sqlite(path: Path, shown: str, write: bool) -> Engine:
 
 def _beside(path: Path | None) -> set[Path]:
     """The files of a database that are there: itself, its log, and the index of the log."""
-    names = [] if path is None else [path, path.with_name(path.name + "-wal"), path.with_name(path.name + "-shm")]
+    if path is None or not path.name:
+        return set()
+    names = (path, path.with_name(path.name + "-wal"), path.with_name(path.name + "-shm"))
     return {name for name in names if name.exists()}
 
 
@@ -312,7 +318,7 @@ def _explain(error: DBAPIError, shown: str, reason: str) -> MoebenchError | None
     if code == sqlite3.SQLITE_CANTOPEN:
         return UsageError(f"{shown} cannot be opened ({reason}); check the permissions of the file and its folder")
     if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED) or state == "55P03":
-        return RunError(f"{shown} is busy: another process has been writing for {_WAIT} s; try again when it is done")
+        return BusyError(f"{shown} is busy: another process has been writing for {_WAIT} s; try again when it is done")
     if code in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR) or state == "53100":
         return RunError(f"{shown} could not be written ({reason}); is the disk full?")
     if type(error.orig).__module__.startswith("psycopg") and type(error.orig).__name__ == "OperationalError":
