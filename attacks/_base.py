@@ -33,6 +33,7 @@ class Rows:
         y: (R,) label.
         target: (R,) class that the row aims at, -1 for untargeted rows.
         key: (R,) random key, see `_random`.
+        rank: (R,) how many targets of the sample come before this one.
     """
 
     index: Tensor
@@ -40,6 +41,7 @@ class Rows:
     y: Tensor
     target: Tensor
     key: Tensor
+    rank: Tensor
 
     def __len__(self) -> int:
         return len(self.index)
@@ -96,7 +98,7 @@ class Attack(ABC):
         """Target classes per sample in the order they are tried, (B, T); None for an untargeted attack.
 
         Args:
-            logits: (B, K) of the attacked view on the clean images.
+            logits: (B, K) of the attacked view on the clean images; B may be 0.
             y: (B,) labels.
         """
         return None

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from moebench.attacks._base import Attack, Loss, Oracle, Rows, State
+from moebench.attacks._projections import project
 from moebench.attacks._random import sample_keys
 from moebench.attacks._views import View
 from moebench.schema import ThreatModel
@@ -47,7 +48,8 @@ class Samples:
 class Finished:
     """Samples whose stage is over; all tensors are (m, …).
 
-    `adv_pred` of a standing sample is its label; `x_adv` is the adversarial image, or the strongest one tried.
+    `adv_pred` of a standing sample is its label; `x_adv` is the adversarial image, or the one that the attack of the
+    first target class ended with.
     """
 
     index: Tensor
@@ -64,11 +66,12 @@ Sink = Callable[[Finished], None]
 
 @dataclass
 class Queue:
-    """Rows that wait for a place: sample, target class and random key of each, (W,); `start` is the next place."""
+    """Rows that wait for a place: sample, target class, random key and rank of each, (W,); `start` is the next."""
 
     index: Tensor
     target: Tensor
     key: Tensor
+    rank: Tensor
     start: int = 0
 
     def next(self, count: int, broken: Tensor) -> Tensor:
@@ -141,6 +144,8 @@ class Engine(Oracle):
         self.forwards = torch.zeros(count, dtype=torch.int64, device=device)
         self.backwards = torch.zeros(count, dtype=torch.int64, device=device)
         self.broken = torch.zeros(count, dtype=torch.bool, device=device)
+        # Rank of the target class by which a sample was broken in the current stage.
+        self.rank = torch.full((count,), -1, dtype=torch.int64, device=device)
         self.adv_pred = samples.y.clone()
         self.x_adv = samples.x.clone()
 
@@ -185,9 +190,8 @@ class Engine(Oracle):
         """
         self.forwards[index] = 0
         self.backwards[index] = 0
+        self.rank[index] = -1
         waiting = self._queue(attack, index)
-        left = torch.zeros(len(self.samples), dtype=torch.int64, device=index.device)
-        self._count(left, waiting.index)
         handed = torch.ones(len(self.samples), dtype=torch.bool, device=index.device)
         handed[index] = False
         rows: Rows | None = None
@@ -198,12 +202,14 @@ class Engine(Oracle):
             if rows is None or state is None:
                 break
             ended = attack.step(state, rows, self)
-            keep = self._retire(attack, state, rows, ended, left)
+            keep = self._retire(attack, state, rows, ended)
             rows, state = (rows.take(keep), state.take(keep)) if len(keep) < len(rows) else (rows, state)
             now = time.perf_counter()
-            if now - last_flush >= self.flush_seconds and self._flush(handed, left, now - last_flush, sink):
-                last_flush = now
-        self._flush(handed, left, time.perf_counter() - last_flush, sink)
+            if now - last_flush >= self.flush_seconds:
+                running = rows.index[self._open(rows)]
+                if self._flush(handed, (waiting.index[waiting.start :], running), now - last_flush, sink):
+                    last_flush = now
+        self._flush(handed, (), time.perf_counter() - last_flush, sink)
 
     def _queue(self, attack: Attack, index: Tensor) -> Queue:
         """All rows of a stage in the order in which they start: the first target of every sample, then the second."""
@@ -212,15 +218,18 @@ class Engine(Oracle):
         order = index.repeat(width)
         keys = [sample_keys(self.seed, f"{attack.stage}/{number}", self.samples.ids[index]) for number in range(width)]
         aims = torch.full_like(order, -1) if targets is None else targets.t().reshape(-1)
-        return Queue(order, aims, torch.cat(keys))
+        ranks = torch.arange(width, device=index.device).repeat_interleave(len(index))
+        return Queue(order, aims, torch.cat(keys), ranks)
 
     @torch.no_grad()
     def _targets(self, attack: Attack, index: Tensor) -> Tensor | None:
+        # Asked about no samples, an attack says whether it aims at classes at all.
+        if len(index) == 0 or attack.targets(self.samples.x.new_empty(0, 2), self.samples.y[:0]) is None:
+            return None
         found = []
         for part in batches(index, self.batch_size):
             targets = attack.targets(self.view.logits(self.samples.x[part], part), self.samples.y[part])
-            if targets is None:
-                return None
+            assert targets is not None
             self._count(self.forwards, part)
             found.append(targets)
         return torch.cat(found)
@@ -238,25 +247,43 @@ class Engine(Oracle):
         if len(at) == 0:
             return (rows, state) if running else (None, None)
         index = waiting.index[at]
-        fresh = Rows(index, self.samples.x[index], self.samples.y[index], waiting.target[at], waiting.key[at])
+        x, y = self.samples.x[index], self.samples.y[index]
+        fresh = Rows(index, x, y, waiting.target[at], waiting.key[at], waiting.rank[at])
         fresh_state = attack.start(fresh, self)
         if rows is None or state is None or running == 0:
             return fresh, fresh_state
         return rows.join(fresh), state.join(fresh_state)
 
-    def _retire(self, attack: Attack, state: State, rows: Rows, ended: Tensor, left: Tensor) -> Tensor:
-        """Books the rows that are broken or at their end; returns the positions of those that go on."""
-        broken = self.broken[rows.index]
-        unbroken_end = (ended & ~broken).nonzero().squeeze(1)
-        if len(unbroken_end) > 0:
-            at = rows.index[unbroken_end]
-            self.x_adv[at] = attack.final(state)[unbroken_end]
-            left.index_add_(0, at, torch.full_like(at, -1))
-        return (~(ended | broken)).nonzero().squeeze(1)
+    def _open(self, rows: Rows) -> Tensor:
+        """Which running rows can still change a verdict, (R,) bool.
 
-    def _flush(self, handed: Tensor, left: Tensor, seconds: float, sink: Sink) -> bool:
-        """Hands over what is decided and was not handed over before; says whether there was any."""
-        done = ~handed & (self.broken | (left <= 0))
+        Once a sample is broken by one target class, the rows of later targets are void. Those of earlier ones go on,
+        so that the target that counts, and with it the image and the prediction, is the same however many rows run
+        side by side.
+        """
+        return ~self.broken[rows.index] | (rows.rank < self.rank[rows.index])
+
+    def _retire(self, attack: Attack, state: State, rows: Rows, ended: Tensor) -> Tensor:
+        """Keeps the final images of standing samples; returns the positions of the rows that go on."""
+        standing = (ended & ~self.broken[rows.index] & (rows.rank == 0)).nonzero().squeeze(1)
+        if len(standing) > 0:
+            # An attack may end outside the ball: FAB looks for the boundary wherever it is.
+            final = attack.final(state)[standing]
+            self.x_adv[rows.index[standing]] = project(final, rows.x[standing], self.threat)
+        return (~ended & self._open(rows)).nonzero().squeeze(1)
+
+    def _flush(self, handed: Tensor, unfinished: tuple[Tensor, ...], seconds: float, sink: Sink) -> bool:
+        """Hands over what is decided and was not handed over before; says whether there was any.
+
+        `unfinished` are the samples of the rows that wait (void for broken samples) and of those that run.
+        """
+        undecided = torch.zeros_like(handed)
+        if unfinished:
+            waiting, running = unfinished
+            undecided[waiting] = True
+            undecided &= ~self.broken
+            undecided[running] = True
+        done = ~(handed | undecided)
         at = done.nonzero().squeeze(1)
         handed |= done
         if len(at) > 0:
@@ -283,7 +310,7 @@ class Engine(Oracle):
         On the whole view those that seem to succeed are confirmed; on other views the logits say nothing about the
         whole model, and every image is judged.
         """
-        open_rows = ~self.broken[rows.index]
+        open_rows = self._open(rows)
         if self.view.is_whole:
             open_rows &= logits.argmax(dim=1) != rows.y
         candidates = open_rows.nonzero().squeeze(1)
@@ -298,9 +325,10 @@ class Engine(Oracle):
         self._count(self.forwards, index)
         hits = success.nonzero().squeeze(1)
         if len(hits) > 0:
-            # Several rows of one sample may succeed at once; the first of them counts, on every device.
+            # Several rows of one sample may succeed at once: the first target counts, and rows keep that order.
             hits = hits[_first_of_each(index[hits])]
             at = index[hits]
+            self.rank[at] = rows.rank[candidates[hits]]
             self.broken[at] = True
             self.adv_pred[at] = prediction[hits]
             self.x_adv[at] = x[candidates[hits]]

@@ -104,7 +104,8 @@ class FAB(Attack):
 
     @override
     def budget(self) -> tuple[int, int]:
-        return self.target_classes * 2 * self.steps + 2, self.target_classes * self.steps
+        # Every second iteration may turn out to have crossed the boundary only when its gradient is taken.
+        return self.target_classes * 2 * self.steps + 2, self.target_classes * (self.steps + self.steps // 2)
 
     @override
     def final(self, state: FABState) -> Tensor:
