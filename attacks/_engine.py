@@ -23,6 +23,7 @@ from moebench.attacks._base import Attack, Loss, Oracle, Rows, State
 from moebench.attacks._projections import project
 from moebench.attacks._random import sample_keys
 from moebench.attacks._views import View
+from moebench.errors import RunError
 from moebench.schema import ThreatModel
 from moebench.threat import within
 
@@ -119,6 +120,7 @@ class Engine(Oracle):
         batch_size: rows that run together.
         seed: of the random starts and proposals.
         flush_seconds: how often finished samples are handed over while a stage runs.
+        screen: a faster copy of the model; on views other than the whole, what it calls right is not judged.
     """
 
     def __init__(
@@ -131,11 +133,13 @@ class Engine(Oracle):
         batch_size: int = 256,
         seed: int = 0,
         flush_seconds: float = 5.0,
+        screen: nn.Module | None = None,
     ) -> None:
         self.threat = threat
         self.view = view
         self.samples = samples
         self.judge = Judge(model, samples, threat)
+        self.screen = model if screen is None else screen
         self.batch_size = batch_size
         self.seed = seed
         self.flush_seconds = flush_seconds
@@ -167,6 +171,11 @@ class Engine(Oracle):
         def passes() -> tuple[Tensor, Tensor, Tensor]:
             with torch.enable_grad():
                 out = self.view.logits(x, rows.index)
+                if not out.requires_grad:
+                    raise RunError(
+                        "the model's logits have no gradient (is there a no_grad or detach in its forward pass?); "
+                        "only --attack square can be run on it"
+                    )
                 value = loss(out, rows)
                 (gradient,) = torch.autograd.grad(value.sum(), x, allow_unused=True)
             return out.detach(), value.detach(), torch.zeros_like(x) if gradient is None else gradient
@@ -307,8 +316,8 @@ class Engine(Oracle):
     def propose(self, x: Tensor, rows: Rows, logits: Tensor) -> None:
         """Judges images that an attack looked at.
 
-        On the whole view those that seem to succeed are confirmed; on other views the logits say nothing about the
-        whole model, and every image is judged.
+        Those that seem to succeed are confirmed. On other views than the whole, the view's logits say nothing about
+        the whole model, and its copy is asked first.
         """
         open_rows = self._open(rows)
         if self.view.is_whole:
@@ -316,8 +325,9 @@ class Engine(Oracle):
         candidates = open_rows.nonzero().squeeze(1)
         if len(candidates) == 0:
             return
-        inside = within(x[candidates], rows.x[candidates], self.threat)
-        candidates = candidates[inside]
+        candidates = candidates[within(x[candidates], rows.x[candidates], self.threat)]
+        if not self.view.is_whole and len(candidates) > 0:
+            candidates = self._screened(x, rows, candidates)
         if len(candidates) == 0:
             return
         index = rows.index[candidates]
@@ -332,6 +342,12 @@ class Engine(Oracle):
             self.broken[at] = True
             self.adv_pred[at] = prediction[hits]
             self.x_adv[at] = x[candidates[hits]]
+
+    def _screened(self, x: Tensor, rows: Rows, candidates: Tensor) -> Tensor:
+        """Those of the candidates that the copy of the whole model gets wrong."""
+        prediction = self._timed(lambda: self.screen(x[candidates]).argmax(dim=1))
+        self._count(self.forwards, rows.index[candidates])
+        return candidates[prediction != rows.y[candidates]]
 
     @staticmethod
     def _count(counter: Tensor, index: Tensor) -> None:

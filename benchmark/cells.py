@@ -91,7 +91,13 @@ class _CellRunner:
         view = make_view(work.cell.view, work.search)
         view.prepare(work.samples.x)
         self.engine = Engine(
-            work.model, view, work.samples, work.threat, batch_size=work.batch_size, seed=work.cell.seed
+            work.model,
+            view,
+            work.samples,
+            work.threat,
+            batch_size=work.batch_size,
+            seed=work.cell.seed,
+            screen=work.search,
         )
         self.result_id: int | None = None
         if store is not None:

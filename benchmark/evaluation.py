@@ -42,8 +42,8 @@ from moebench.summary import Summary, summarise
 class EvalSpec:
     """What to evaluate; the fields are the options of `moebench evaluate`.
 
-    `views` is empty for the model's default views, `eps` None for the data set's default radius, `n` None for all
-    samples.
+    `batch_size` None fits the image size. `views` is empty for the model's default views, `eps` None for the data
+    set's default radius, `n` None for all samples.
     """
 
     model: str
@@ -53,7 +53,7 @@ class EvalSpec:
     norm: Norm = "Linf"
     eps: float | None = None
     n: int | None = None
-    batch_size: int = 256
+    batch_size: int | None = None
     device: str = "cpu"
     seed: int = 0
     engine: str = "native"
@@ -90,6 +90,7 @@ class Prepared:
     dataset: Dataset
     loaded: LoadedModel
     search: nn.Module
+    batch_size: int
     threat: ThreatModel
     samples: Samples
     clean_pred: torch.Tensor
@@ -125,14 +126,15 @@ def parse_attacks(names: Sequence[str]) -> list[AttackPlan]:
 
 def prepare(spec: EvalSpec, plans: Sequence[AttackPlan]) -> Prepared:
     """Loads data and model, refuses what cannot work, and lists the cells."""
-    if spec.batch_size < 1:
+    if spec.batch_size is not None and spec.batch_size < 1:
         raise UsageError(f"batch size must be at least 1, got {spec.batch_size}")
     dataset = load_dataset(spec.dataset, n=spec.n)
     threat = dataset.default_threat(spec.norm) if spec.eps is None else ThreatModel(spec.norm, spec.eps)
     torch.manual_seed(spec.seed)
     loaded = load(spec.model, dataset, weights=spec.weights, settings=spec.settings, device=spec.device)
     samples = to_samples(dataset.images, dataset.labels, dataset.ids, spec.device)
-    logits = clean_logits(loaded.module, samples, dataset.num_classes, spec.batch_size)
+    batch_size = spec.batch_size or fitting_batch(dataset.shape, spec.device)
+    logits = clean_logits(loaded.module, samples, dataset.num_classes, batch_size)
     for plan in plans:
         if logits.shape[1] < plan.min_classes:
             raise UsageError(
@@ -142,8 +144,15 @@ def prepare(spec: EvalSpec, plans: Sequence[AttackPlan]) -> Prepared:
         dataset.name, dataset.split, dataset.sha256, len(dataset), dataset.num_classes, dataset.class_names, threat
     )
     cells = plan_cells(spec, plans, loaded, protocol)
-    search = fused_copy(loaded.module, samples.x[: spec.batch_size]) if spec.engine == "native" else loaded.module
-    return Prepared(spec, dataset, loaded, search, threat, samples, logits.argmax(dim=1), protocol, cells)
+    search = fused_copy(loaded.module, samples.x[:batch_size]) if spec.engine == "native" else loaded.module
+    return Prepared(spec, dataset, loaded, search, batch_size, threat, samples, logits.argmax(dim=1), protocol, cells)
+
+
+def fitting_batch(shape: tuple[int, int, int], device: str) -> int:
+    """Rows that run together where the user does not say: small images need many to keep the device busy."""
+    pixels = shape[0] * shape[1] * shape[2]
+    budget = 2**18 if device == "cpu" else 2**22
+    return max(16, min(1024, budget // pixels))
 
 
 def plan_cells(
@@ -204,7 +213,7 @@ def _run(prepared: Prepared, store: Store, listener: Listener | None) -> Summary
             {
                 **environment(spec.device, torch.get_num_threads()),
                 "seed": spec.seed,
-                "batch_size": spec.batch_size,
+                "batch_size": prepared.batch_size,
                 "code": prepared.loaded.code,
             },
         )
@@ -258,7 +267,7 @@ def _work(prepared: Prepared, plan: AttackPlan, cell: CellSpec, number: int, lis
         samples=prepared.samples,
         clean_pred=prepared.clean_pred,
         threat=prepared.threat,
-        batch_size=prepared.spec.batch_size,
+        batch_size=prepared.batch_size,
         tell=tell,
     )
 

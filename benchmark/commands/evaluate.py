@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 @click.option("--norm", default="Linf", show_default=True, type=click.Choice(["Linf", "L2"]), help="Norm of the ball.")
 @click.option("--eps", metavar="EPS", help="Radius, such as 8/255 or 0.03 [default: the data set's].")
 @click.option("--n", type=int, metavar="N", help="Only the first N samples.")
-@click.option("--batch-size", type=int, default=256, show_default=True, help="Rows that run together.")
+@click.option("--batch-size", type=int, metavar="N", help="Rows that run together [default: by image size].")
 @click.option("--device", default="cpu", show_default=True, help="Torch device, such as cuda.")
 @seed_option("Seed of random starts and proposals.")
 @click.option(
@@ -106,7 +106,7 @@ def command_line(
         words += ["--norm", options["norm"]]
     if eps is not None:
         words += ["--eps", eps]
-    for key, default in (("n", None), ("batch_size", 256), ("seed", 0), ("engine", "native"), ("weights", None)):
+    for key, default in (("n", None), ("batch_size", None), ("seed", 0), ("engine", "native"), ("weights", None)):
         if options[key] != default:
             words += [f"--{key.replace('_', '-')}", str(options[key])]
     for pair in settings:
