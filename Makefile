@@ -7,7 +7,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 # Two test workers of one thread each beat one of two, and results do not depend on the machine's cores.
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: help demo test lint types slow zoo results report clean
+.PHONY: help demo test lint types slow bench zoo results report clean
 .DELETE_ON_ERROR:
 
 help:
@@ -15,6 +15,7 @@ help:
 	@echo "make test    lint, types and all tests but the slow ones"
 	@echo "make lint    ruff and mypy            make types   mypy alone"
 	@echo "make slow    the slow tests           make report  render reports/ from results.db"
+	@echo "make bench   measure the speed against pyautoattack and torchattacks"
 	@echo "make zoo     train all shipped models make results run what results.db lacks, then the report"
 	@echo "make clean   delete what the other targets made, .venv excepted"
 
@@ -31,7 +32,7 @@ $(VENV)/.runtime: pyproject.toml constraints.txt | $(BIN)/pip
 	@touch $@
 
 $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/pip
-	$(BIN)/python -m pip install --quiet -e ".[test]" -c constraints.txt
+	$(BIN)/python -m pip install --quiet -e ".[test,postgres]" -c constraints.txt
 	@touch $@ $(VENV)/.runtime
 
 demo: $(VENV)/.runtime
@@ -61,6 +62,10 @@ types: $(VENV)/.installed
 
 report: $(VENV)/.runtime
 	$(BIN)/moebench report --out reports
+
+# Alternating timings against pyautoattack and torchattacks; close other programs first.
+bench: $(VENV)/.runtime
+	$(BIN)/python -m moebench.bench
 
 # Trains every shipped model anew (hours on two cores); the order matters where one model starts from another.
 zoo: $(VENV)/.runtime

@@ -130,7 +130,7 @@ def test_adversarial_images_do_not_replace_a_device(moebench: Terminal) -> None:
         ("broken", "RuntimeError: no weights (--debug shows where)"),
         ("needy", "missing 1 required positional argument: 'weights'"),
         ("god", "has no callable 'god'; it has "),
-        ("", "has no callable ''"),
+        ("", "lacks a part"),
     ],
 )
 def test_a_model_that_cannot_be_measured_is_refused(moebench: Terminal, factory: str, expected: str) -> None:
