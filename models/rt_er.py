@@ -54,6 +54,7 @@ ZHANG_2025 = PaperCard(
 )
 
 SecondAt = Literal["clean", "adversarial"]
+Mixing = Literal["logits", "probabilities"]
 
 
 class ClassifierMoE(RoutedModel):
@@ -108,20 +109,33 @@ class ClassifierMoE(RoutedModel):
 
 
 class DualModel(RoutedModel):
-    """F_D = (1 - alpha) F_S + alpha F_R of a standard and a robust MoE (equation 3), on raw logits as in the code."""
+    """F_D = (1 - alpha) F_S + alpha F_R of a standard and a robust MoE (equation 3).
 
-    def __init__(self, standard: ClassifierMoE, robust: ClassifierMoE, alpha: float) -> None:
+    Mixes raw logits, as the published code does, or probabilities, as the paper's certificate presumes: there no
+    standard half, however confident, outvotes a robust half that is sure. The logits are then log F_D.
+    """
+
+    def __init__(self, standard: ClassifierMoE, robust: ClassifierMoE, alpha: float, mixing: Mixing = "logits") -> None:
         super().__init__()
         if not 0.5 <= alpha <= 1:
             raise UsageError(f"alpha must be in [0.5, 1], got {alpha:g}")
         self.standard = standard
         self.robust = robust
+        if mixing not in ("logits", "probabilities"):
+            raise UsageError(f"mixing must be 'logits' or 'probabilities', got {mixing!r}")
         self.alpha = alpha
+        self.mixing = mixing
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (B, K) of [0, 1] images (B, C, H, W)."""
-        logits: Tensor = (1 - self.alpha) * self.standard(x) + self.alpha * self.robust(x)
-        return logits
+        return self._combine(self.standard(x), self.robust(x))
+
+    def _combine(self, standard: Tensor, robust: Tensor) -> Tensor:
+        if self.mixing == "logits":
+            return (1 - self.alpha) * standard + self.alpha * robust
+        both = torch.stack((standard.log_softmax(dim=1), robust.log_softmax(dim=1)))
+        weights = both.new_tensor([max(1 - self.alpha, 1e-12), self.alpha]).log().view(2, 1, 1)
+        return (both + weights).logsumexp(dim=0)
 
     @override
     def route(self, x: Tensor, *, soft: bool = False) -> Tape:
@@ -145,7 +159,7 @@ class DualModel(RoutedModel):
             self._half(half).mix({"moe": outputs[f"{half}.moe"]}, {"moe": tape[f"{half}.moe"]})
             for half in ("standard", "robust")
         )
-        return (1 - self.alpha) * standard + self.alpha * robust
+        return self._combine(standard, robust)
 
     def _half(self, name: str) -> ClassifierMoE:
         half = self.get_submodule(name)
@@ -294,10 +308,11 @@ def dual_model(
     shape: Shape,
     *,
     alpha: float = 0.7,
+    mixing: Mixing = "logits",
     experts: int = 4,
     top_k: int = 1,
     router: RouterMode = "trained",
 ) -> nn.Module:
     """A standard and a robust MoE side by side, each with its own router and experts."""
     halves = [ClassifierMoE(num_classes, shape, experts=experts, top_k=top_k, router=router) for _ in range(2)]
-    return DualModel(halves[0], halves[1], alpha)
+    return DualModel(halves[0], halves[1], alpha, mixing)
