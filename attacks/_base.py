@@ -94,6 +94,11 @@ class Attack(ABC):
     def stage(self) -> str:
         """Name of the stage in the store; also the name of the attack's random stream."""
 
+    @property
+    def view(self) -> str | None:
+        """The view that this stage needs, whatever the attack runs on; None for the attack's own."""
+        return None
+
     def targets(self, logits: Tensor, y: Tensor) -> Tensor | None:
         """Target classes per sample in the order they are tried, (B, T); None for an untargeted attack.
 

@@ -22,7 +22,7 @@ from typing_extensions import override
 from moebench.attacks._base import Attack, Loss, Oracle, Rows, State
 from moebench.attacks._projections import project
 from moebench.attacks._random import sample_keys
-from moebench.attacks._views import View
+from moebench.attacks._views import View, make_view
 from moebench.errors import RunError
 from moebench.schema import ThreatModel
 from moebench.threat import within
@@ -136,7 +136,7 @@ class Engine(Oracle):
         screen: nn.Module | None = None,
     ) -> None:
         self.threat = threat
-        self.view = view
+        self.view = self.own_view = view
         self.samples = samples
         self.judge = Judge(model, samples, threat)
         self.screen = model if screen is None else screen
@@ -158,7 +158,7 @@ class Engine(Oracle):
     @override
     def logits(self, x: Tensor, rows: Rows, *, propose: bool = True) -> Tensor:
         with torch.no_grad():
-            out = self._timed(lambda: self.view.logits(x, rows.index))
+            out = self._timed(lambda: self.view.aimed(x, rows.index, rows.target))
         self._count(self.forwards, rows.index)
         if propose:
             self.propose(x, rows, out)
@@ -170,7 +170,7 @@ class Engine(Oracle):
 
         def passes() -> tuple[Tensor, Tensor, Tensor]:
             with torch.enable_grad():
-                out = self.view.logits(x, rows.index)
+                out = self.view.aimed(x, rows.index, rows.target)
                 if not out.requires_grad:
                     raise RunError(
                         "the model's logits have no gradient (is there a no_grad or detach in its forward pass?); "
@@ -197,6 +197,7 @@ class Engine(Oracle):
             index: numbers of the samples to attack.
             sink: receives finished samples, every few seconds and at the end.
         """
+        self.view = self._view_for(attack)
         self.forwards[index] = 0
         self.backwards[index] = 0
         self.rank[index] = -1
@@ -219,6 +220,14 @@ class Engine(Oracle):
                 if self._flush(handed, (waiting.index[waiting.start :], running), now - last_flush, sink):
                     last_flush = now
         self._flush(handed, (), time.perf_counter() - last_flush, sink)
+
+    def _view_for(self, attack: Attack) -> View:
+        """The engine's view, or the one that a stage needs for itself."""
+        if attack.view is None:
+            return self.own_view
+        view = make_view(attack.view, self.screen)
+        view.prepare(self.samples.x)
+        return view
 
     def _queue(self, attack: Attack, index: Tensor) -> Queue:
         """All rows of a stage in the order in which they start: the first target of every sample, then the second."""

@@ -23,9 +23,14 @@ def dlr(logits: Tensor, rows: Rows) -> Tensor:
 
 def targeted_dlr(logits: Tensor, rows: Rows) -> Tensor:
     """-(z_y - z_t) / (z_(1) - (z_(3) + z_(4)) / 2) (Croce and Hein, 2020, equation 7)."""
+    return dlr_towards(logits, rows.y, rows.target)
+
+
+def dlr_towards(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
+    """The targeted difference of logits ratio of labels (R,) and targets (R,)."""
     top = logits.topk(4, dim=1).values
     scale = top[:, 0] - 0.5 * (top[:, 2] + top[:, 3]) + 1e-12
-    return -(_at(logits, rows.y) - _at(logits, rows.target)) / scale
+    return -(_at(logits, y) - _at(logits, target)) / scale
 
 
 def margin_to_target(logits: Tensor, rows: Rows) -> Tensor:

@@ -71,7 +71,7 @@ def check_reference(plan: AttackPlan, view: str) -> None:
             "use --engine native"
         )
     for stage in plan.stages:
-        if not isinstance(stage, (APGD, FAB, PGD, Square)):
+        if stage.view is not None or not isinstance(stage, (APGD, FAB, PGD, Square)):
             raise UsageError(f"attack {plan.name!r} has no reference implementation; use --engine native")
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from itertools import combinations, product
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,8 @@ from typing_extensions import override
 
 from moebench.errors import UsageError
 from moebench.models._moe import (
+    MoELayer,
+    Policy,
     RoutedModel,
     Routing,
     Tape,
@@ -22,6 +25,7 @@ from moebench.models._moe import (
     moe_layers,
     replay,
     route,
+    routed_by,
     smooth_forward,
 )
 from moebench.schema import EXPERT_VIEW, check_view_name
@@ -48,6 +52,10 @@ class View(ABC):
     @abstractmethod
     def logits(self, x: Tensor, index: Tensor) -> Tensor:
         """Logits (R, K) of images (R, C, H, W) of the samples `index` (R,)."""
+
+    def aimed(self, x: Tensor, index: Tensor, target: Tensor) -> Tensor:
+        """What rows that aim at `target` (R,) see; the same for all targets on most views."""
+        return self.logits(x, index)
 
 
 class WholeView(View):
@@ -113,6 +121,75 @@ class ExpertsView(View):
         return replay(self.model, x, dict(tape))
 
 
+class RegionView(View):
+    """The model with the expert sets of one region forced, and how far the router is from selecting them.
+
+    A region is a choice of top-k experts in every MoE layer. A target is region · K + class.
+    """
+
+    def prepare(self, x: Tensor) -> None:
+        layers = moe_layers(self.model)
+        choices = [list(combinations(range(len(layer.experts)), layer.top_k)) for layer in layers.values()]
+        regions = list(product(*choices))
+        self._masks = {
+            name: torch.stack([_mask(region[place], len(layer.experts)) for region in regions]).to(x.device)
+            for place, (name, layer) in enumerate(layers.items())
+        }
+        self._regions = len(regions)
+        with torch.no_grad():
+            self._classes = int(self.model(x[:1]).shape[1])
+
+    @override
+    def logits(self, x: Tensor, index: Tensor) -> Tensor:
+        """All regions at once, (R, regions, K + 1)."""
+        zeros = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+        return torch.stack([self._forced(x, zeros + region) for region in range(self._regions)], dim=1)
+
+    @override
+    def aimed(self, x: Tensor, index: Tensor, target: Tensor) -> Tensor:
+        """(R, K + 1): logits with the row's region forced, and the router's margin for that region.
+
+        The margin is that of the weakest selected over the strongest unselected expert, as a share of the spread of the
+        router's logits; positive where the router selects the region, and the smallest over the layers.
+        """
+        return self._forced(x, target // self._classes)
+
+    def _forced(self, x: Tensor, region: Tensor) -> Tensor:
+        margins: list[Tensor] = []
+
+        def policy(name: str) -> Policy:
+            def forced(layer: MoELayer, features: Tensor) -> Routing:
+                selected = self._masks[name][region]
+                probs = layer.probabilities(features)
+                margins.append(_margin(probs, selected))
+                kept = probs * selected
+                weights = selected.to(probs.dtype) if layer.top_k == 1 else kept / kept.sum(dim=1, keepdim=True)
+                return Routing(weights, selected)
+
+            return forced
+
+        with routed_by(self.model, {name: policy(name) for name in self._masks}):
+            logits = self.model(x)
+        return torch.cat((logits, torch.stack(margins).amin(dim=0).unsqueeze(1)), dim=1)
+
+
+def _mask(experts: tuple[int, ...], count: int) -> Tensor:
+    mask = torch.zeros(count, dtype=torch.bool)
+    mask[list(experts)] = True
+    return mask
+
+
+def _margin(probs: Tensor, selected: Tensor) -> Tensor:
+    """Lead of the weakest selected over the strongest unselected expert, in spreads of the log-probabilities, (R,)."""
+    if bool(selected.all()):
+        return torch.ones_like(probs[:, 0])
+    scores = probs.clamp_min(1e-30).log()
+    inside = scores.masked_fill(~selected, float("inf")).amin(dim=1)
+    outside = scores.masked_fill(selected, float("-inf")).amax(dim=1)
+    spread = (scores.amax(dim=1) - scores.amin(dim=1)).detach().clamp_min(1e-6)
+    return (inside - outside) / spread
+
+
 def applicable_views(model: nn.Module) -> list[str]:
     """Every view that this model has."""
     layers = moe_layers(model)
@@ -145,6 +222,8 @@ def make_view(name: str, model: nn.Module) -> View:
     Raises:
         UsageError: no such view, or this model does not have it.
     """
+    if name == "region":
+        return RegionView(name, model)
     check_view(name, model)
     if name == "whole":
         return WholeView(name, model)
