@@ -14,6 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+SOURCES = ("benchmark", "models", "attacks")
 PACKAGES = ("moebench", "torch", "torchvision", "numpy", "scikit-learn", "pyautoattack", "torchattacks")
 
 
@@ -49,7 +50,7 @@ def git_state() -> dict[str, Any] | None:
     """Commit and dirty flag of the checkout that the package runs from; None for an installed wheel."""
     folder = Path(__file__).resolve().parent
     commit = _git(folder, "rev-parse", "HEAD")
-    status = _git(folder, "status", "--porcelain", "--", "*.py")
+    status = _git(folder, "status", "--porcelain", "--", *(f":(top,glob){name}/**/*.py" for name in SOURCES))
     if commit is None or status is None or _git(folder, "ls-files", "--error-unmatch", Path(__file__).name) is None:
         return None
     return {"commit": commit, "dirty": bool(status)}

@@ -254,17 +254,6 @@ JTD = (
     objective=RT_ER,
 )
 @register_model(
-    "rt-er-frozen",
-    summary="RT-ER with the router left at its random initialisation",
-    family="moe",
-    training="rt-er",
-    routing="top-1, frozen",
-    paper=ZHANG_2025,
-    settings={"router": "frozen"},
-    recipe=Recipe(epochs=200, beta=6.0),
-    objective=RT_ER,
-)
-@register_model(
     "rt-er-official",
     summary="RT-ER as its code trains it: frozen router, second expert ranked at the clean image",
     family="moe",
