@@ -1,23 +1,28 @@
 """The same attacks through the libraries that others trust, for comparison and for doubt.
 
-pyautoattack (the AutoAttack authors' code) runs APGD, FAB and Square; torchattacks runs FGSM and PGD. Their verdicts
-are theirs; whether an image counts is decided by the same judge as always.
+pyautoattack (the AutoAttack authors' code) runs APGD, FAB and Square, torchattacks runs FGSM and PGD; APGD and PGD
+begin at the random starts of our own engine. What counts is decided by the same judge as always.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 
-from moebench.attacks._base import Attack, AttackPlan
+from moebench.attacks._base import Attack, AttackPlan, Rows
 from moebench.attacks._engine import Engine, Finished, Sink, batches
+from moebench.attacks._projections import expand, l2_norm, random_start
+from moebench.attacks._random import sample_keys
 from moebench.attacks._views import View
-from moebench.attacks.apgd import APGD
+from moebench.attacks.apgd import APGD, start_on_sphere
 from moebench.attacks.fab import FAB
 from moebench.attacks.pgd import PGD
 from moebench.attacks.square import Square
@@ -25,6 +30,7 @@ from moebench.errors import UsageError
 from moebench.schema import ThreatModel
 
 Perturb = Callable[[Tensor, Tensor], Tensor]
+Watch = Callable[[Tensor, Tensor], None]
 
 
 class _Contiguous(torch.autograd.Function):
@@ -40,22 +46,29 @@ class _Contiguous(torch.autograd.Function):
 
 
 class ReferenceModel(nn.Module):
-    """A view as the plain model that the libraries expect; counts passes, and its logits may be overwritten."""
+    """A view as the plain model that the libraries expect; counts passes, and its logits may be overwritten.
 
-    def __init__(self, view: View, device: torch.device) -> None:
+    `watch` is shown every image that the library looks at, with its logits.
+    """
+
+    def __init__(self, view: View, device: torch.device, watch: Watch | None = None) -> None:
         super().__init__()
         self.view = view
+        self.watch = watch
         self.forwards = 0
         self.backwards = 0
         # torchattacks takes the device from the model's first parameter.
         self.anchor = nn.Parameter(torch.empty(0, device=device), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Logits (B, K) of images (B, C, H, W)."""
         self.forwards += len(x)
         if x.requires_grad:
             self.backwards += len(x)
         nowhere = torch.empty(0, dtype=torch.int64, device=x.device)
         logits: Tensor = self.view.logits(_Contiguous.apply(x), nowhere)
+        if self.watch is not None:
+            self.watch(x.detach(), logits.detach())
         return logits.clone()
 
 
@@ -76,32 +89,83 @@ def check_reference(plan: AttackPlan, view: str) -> None:
 
 
 def run_reference(stage: Attack, engine: Engine, index: Tensor, sink: Sink) -> None:
-    """Runs one stage through a library, batch by batch, on the samples `index`, and judges what comes back."""
+    """Runs one stage through a library, batch by batch, on the samples `index`, and judges what comes back.
+
+    torchattacks returns PGD's last image only, broken or not; as in our own PGD, every image on its way counts.
+    """
     for part in batches(index, engine.batch_size):
         begin = time.perf_counter()
-        model = ReferenceModel(engine.view, index.device)
         x, y = engine.samples.x[part], engine.samples.y[part]
-        x_adv = _perturb(stage, model, engine.threat, engine.seed)(x.clone(), y.clone()).detach()
-        broken, prediction = engine.judge(x_adv, part)
-        engine.broken[part] |= broken
+        zeros = torch.zeros_like(part)
+        rows = Rows(part, x, y, zeros - 1, zeros, zeros)
+        watch = partial(_watch, engine, rows) if isinstance(stage, PGD) else None
+        model = ReferenceModel(engine.view, part.device, watch)
+        engine.rank[part] = -1
+        x_adv = _perturb(stage, model, engine.threat, Starts(stage, engine, part))(x.clone(), y.clone()).detach()
+        with torch.no_grad():
+            engine.propose(x_adv, rows, engine.view.logits(x_adv, part))
+        broken = engine.broken[part]
         # The libraries do not say which sample a pass was for: shared out evenly.
-        share = torch.full_like(part, 1)
         sink(
             Finished(
                 part,
                 broken,
-                torch.where(broken, prediction, y),
-                x_adv,
-                share * (1 + model.forwards // len(part)),
-                share * (model.backwards // len(part)),
+                engine.adv_pred[part],
+                torch.where(expand(broken, x), engine.x_adv[part], x_adv),
+                zeros + 1 + model.forwards // len(part),
+                zeros + model.backwards // len(part),
                 time.perf_counter() - begin,
             )
         )
 
 
-def _perturb(stage: Attack, model: ReferenceModel, threat: ThreatModel, seed: int) -> Perturb:
+def _watch(engine: Engine, rows: Rows, x: Tensor, logits: Tensor) -> None:
+    engine.propose(x, rows, logits)
+
+
+class Starts:
+    """The random starts of our engine, handed to a library run by run, so that both search from the same points.
+
+    The libraries' own starts depend on the batch; from different starts even two runs of one library disagree on
+    samples near the limit of what can be broken.
+    """
+
+    def __init__(self, stage: Attack, engine: Engine, index: Tensor) -> None:
+        self.stage, self.engine, self.seed = stage, engine, engine.seed
+        self.index = index
+        self.runs = 0
+        self._place = {_bytes(image): place for place, image in enumerate(engine.samples.x[index])}
+
+    def next(self, x: Tensor) -> Tensor:
+        """Starts for the next run (the next target class) on clean images (m, C, H, W), all or some of them."""
+        at = self.index[[self._place[_bytes(image)] for image in x]]
+        keys = sample_keys(self.seed, f"{self.stage.stage}/{self.runs}", self.engine.samples.ids[at])
+        self.runs += 1
+        unaimed = torch.full_like(at, -1)
+        rows = Rows(at, x, self.engine.samples.y[at], unaimed, keys, torch.zeros_like(at))
+        if isinstance(self.stage, PGD):
+            return random_start(x, keys, self.engine.threat)
+        return start_on_sphere(rows, self.engine.threat)
+
+
+def _bytes(image: Tensor) -> bytes:
+    return image.detach().cpu().numpy().tobytes()
+
+
+def _from_our_starts(kind: type[Any], starts: Starts) -> type[Any]:
+    """One of pyautoattack's APGD classes, which takes a start as an argument that its own loop never gives."""
+
+    class Started(kind):  # type: ignore[misc]
+        def attack_single_run(self, x: Tensor, y: Tensor, x_init: Tensor | None = None) -> Any:
+            return super().attack_single_run(x, y, x_init=starts.next(x))
+
+    return Started
+
+
+def _perturb(stage: Attack, model: ReferenceModel, threat: ThreatModel, starts: Starts) -> Perturb:
+    seed = starts.seed
     if isinstance(stage, PGD):
-        return _torchattacks(stage, model, threat, seed)
+        return _torchattacks(stage, model, threat, starts)
     logging.getLogger("auto-attack").setLevel(logging.ERROR)
     from pyautoattack.autopgd_base import APGDAttack, APGDAttack_targeted  # type: ignore[import-untyped]
     from pyautoattack.fab_pt import FABAttack_PT  # type: ignore[import-untyped]
@@ -111,11 +175,13 @@ def _perturb(stage: Attack, model: ReferenceModel, threat: ThreatModel, seed: in
     logger = logging.getLogger("auto-attack")
     attack: Any
     if isinstance(stage, APGD) and stage.loss == "dlr-targeted":
-        attack = APGDAttack_targeted(
+        attack = _from_our_starts(APGDAttack_targeted, starts)(
             model, n_iter=stage.steps, rho=stage.rho, n_target_classes=stage.target_classes, logger=logger, **shared
         )
     elif isinstance(stage, APGD):
-        attack = APGDAttack(model, n_iter=stage.steps, rho=stage.rho, loss=stage.loss, logger=logger, **shared)
+        attack = _from_our_starts(APGDAttack, starts)(
+            model, n_iter=stage.steps, rho=stage.rho, loss=stage.loss, logger=logger, **shared
+        )
     elif isinstance(stage, FAB):
         attack = FABAttack_PT(model, n_iter=stage.steps, targeted=True, n_target_classes=stage.target_classes, **shared)
     elif isinstance(stage, Square):
@@ -126,10 +192,9 @@ def _perturb(stage: Attack, model: ReferenceModel, threat: ThreatModel, seed: in
     return perturb
 
 
-def _torchattacks(stage: PGD, model: nn.Module, threat: ThreatModel, seed: int) -> Perturb:
+def _torchattacks(stage: PGD, model: nn.Module, threat: ThreatModel, starts: Starts) -> Perturb:
     import torchattacks  # type: ignore[import-untyped]
 
-    torch.manual_seed(seed)
     kind = torchattacks.PGD if threat.norm == "Linf" else torchattacks.PGDL2
     attack = kind(
         model,
@@ -138,5 +203,28 @@ def _torchattacks(stage: PGD, model: nn.Module, threat: ThreatModel, seed: int) 
         steps=stage.steps,
         random_start=stage.random_start,
     )
-    perturb: Perturb = attack
+
+    def perturb(x: Tensor, y: Tensor) -> Tensor:
+        with _drawing(starts.next(x) - x, threat):
+            x_adv: Tensor = attack(x, y)
+        return x_adv
+
     return perturb
+
+
+@contextmanager
+def _drawing(delta: Tensor, threat: ThreatModel) -> Iterator[None]:
+    """Has torchattacks draw a given start: it takes none as an argument, and draws in place from torch's generator.
+
+    For Linf it adds a uniform draw; for L2 it scales a normal draw to a uniform share of eps.
+    """
+    share = l2_norm(delta) / max(threat.eps, 1e-12)
+
+    def uniform(self: Tensor, *limits: float) -> Tensor:
+        return self.copy_(delta if threat.norm == "Linf" else share.view(self.shape))
+
+    def normal(self: Tensor, *moments: float) -> Tensor:
+        return self.copy_(delta)
+
+    with patch.object(Tensor, "uniform_", uniform), patch.object(Tensor, "normal_", normal):
+        yield
