@@ -79,7 +79,7 @@ results: $(VENV)/.runtime
 	for model in $$($(BIN)/moebench list models | awk '{print $$1}'); do \
 		$(BIN)/moebench evaluate --model $$model --attack fgsm,pgd-50,autoattack || exit 1; done
 	for model in $$($(BIN)/moebench list models | awk '$$2 == "moe" || $$2 == "dual" {print $$1}'); do \
-		$(BIN)/moebench evaluate --model $$model --attack smooth-pgd-50 || exit 1; \
+		$(BIN)/moebench evaluate --model $$model --attack smooth-pgd-50,moe-adaptive || exit 1; \
 		$(BIN)/moebench evaluate --model $$model --attack pgd-50 --view straight-through || exit 1; done
 	$(BIN)/moebench evaluate --model dual-moe --set mixing=probabilities --attack fgsm,pgd-50
 	$(BIN)/moebench evaluate --model dual-moe --set mixing=probabilities --attack autoattack --view whole
