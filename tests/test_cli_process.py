@@ -20,7 +20,7 @@ from moebench.store import Store
 
 COMMAND = [sys.executable, "-m", "moebench"]
 POSIX = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals and limits")
-LONG = ("evaluate", "--model", DENSE, "--attack", "fgsm,pgd-50,square", "--n", "24")
+LONG = ("evaluate", "--model", DENSE, "--attack", "fgsm,pgd-50,square", "--n", "60")
 """A command of a few seconds in three cells."""
 
 
@@ -189,6 +189,8 @@ def test_evaluations_killed_at_random_moments(folder: Path, seed: int) -> None:
 def test_an_interrupted_evaluation_says_so_and_goes_on(folder: Path) -> None:
     process = start(*LONG)
     wait_for_work(process, folder / "results.db", 4)
+    # In the middle of the third cell, which takes seconds.
+    time.sleep(0.5)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate()
     assert process.returncode == 1 and out == ""

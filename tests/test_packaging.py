@@ -162,9 +162,9 @@ def test_public_names_resolve() -> None:
         moebench.evalute  # noqa: B018
 
 
-@pytest.mark.parametrize("first", ["import moebench.evaluate", "from moebench.evaluate import EvalSpec", "pass"])
+@pytest.mark.parametrize("first", ["import moebench.evaluation", "from moebench.evaluation import EvalSpec", "pass"])
 def test_evaluate_is_the_function_whatever_was_imported_before(tmp_path: Path, first: str) -> None:
-    then = "from moebench import evaluate\nfrom moebench.evaluate import evaluate as same\nprint(evaluate is same)"
+    then = "from moebench import evaluate\nfrom moebench.evaluation import evaluate as same\nprint(evaluate is same)"
     assert run(f"{first}\n{then}", tmp_path) == ["True"]
 
 
