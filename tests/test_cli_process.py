@@ -187,7 +187,8 @@ def test_evaluations_killed_at_random_moments(folder: Path, seed: int) -> None:
 
 @POSIX
 def test_an_interrupted_evaluation_says_so_and_goes_on(folder: Path) -> None:
-    process = start(*LONG)
+    # A test run started in the background ignores the signal, and its children would inherit that.
+    process = start(*LONG, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     wait_for_work(process, folder / "results.db", 4)
     # In the middle of the third cell, which takes seconds.
     time.sleep(0.5)
