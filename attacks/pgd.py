@@ -14,6 +14,7 @@ from typing_extensions import override
 from moebench.attacks._base import Attack, Oracle, Rows, State, register_attack
 from moebench.attacks._losses import cross_entropy
 from moebench.attacks._projections import ascend, project, random_start
+from moebench.models.resnet import MADRY_2018
 from moebench.schema import PaperCard
 
 GOODFELLOW_2015 = PaperCard(
@@ -27,19 +28,6 @@ GOODFELLOW_2015 = PaperCard(
   author = {Goodfellow, Ian J. and Shlens, Jonathon and Szegedy, Christian},
   booktitle = {International Conference on Learning Representations},
   year = {2015}
-}""",
-)
-MADRY_2018 = PaperCard(
-    title="Towards Deep Learning Models Resistant to Adversarial Attacks",
-    authors="Aleksander Madry, Aleksandar Makelov, Ludwig Schmidt, Dimitris Tsipras, Adrian Vladu",
-    venue="ICLR",
-    year=2018,
-    arxiv="1706.06083",
-    bibtex="""@inproceedings{madry2018towards,
-  title = {Towards Deep Learning Models Resistant to Adversarial Attacks},
-  author = {Madry, Aleksander and Makelov, Aleksandar and Schmidt, Ludwig and Tsipras, Dimitris and Vladu, Adrian},
-  booktitle = {International Conference on Learning Representations},
-  year = {2018}
 }""",
 )
 
