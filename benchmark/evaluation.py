@@ -170,16 +170,14 @@ def plan_cells(
 
 
 def _views_of(plan: AttackPlan, spec: EvalSpec, loaded: LoadedModel) -> Sequence[str]:
-    needs = [stage.view for stage in plan.stages if stage.view is not None]
-    if needs and default_views(loaded.module) == ["whole"]:
+    through_routing = plan.views not in (None, ("whole",)) or any(stage.view is not None for stage in plan.stages)
+    if through_routing and default_views(loaded.module) == ["whole"]:
         raise UsageError(f"attack {plan.name!r} needs a model with routing; {loaded.record.name} has none")
     if plan.views is None:
         return list(dict.fromkeys(spec.views)) or default_views(loaded.module)
     wrong = [view for view in spec.views if view not in plan.views]
     if wrong and len(spec.attacks) == 1:
         raise UsageError(f"attack {plan.name!r} runs on view {', '.join(plan.views)}, not on {wrong[0]!r}")
-    if default_views(loaded.module) == ["whole"]:
-        raise UsageError(f"attack {plan.name!r} needs a model with routing; {loaded.record.name} has none")
     return plan.views
 
 
