@@ -69,6 +69,16 @@ class Oracle(ABC):
 
     threat: ThreatModel
 
+    @property
+    @abstractmethod
+    def room(self) -> int:
+        """Rows that run together; an attack may fill places that its own rows leave free."""
+
+    @property
+    @abstractmethod
+    def repeatable(self) -> bool:
+        """Whether the same image always gets the same logits."""
+
     @abstractmethod
     def logits(self, x: Tensor, rows: Rows, *, propose: bool = True) -> Tensor:
         """Logits (R, K) at x (R, C, H, W), without a gradient.

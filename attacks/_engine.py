@@ -9,9 +9,8 @@ verdict: rows do not depend on each other, and nothing that comes after success 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -20,14 +19,12 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from moebench.attacks._base import Attack, Loss, Oracle, Rows, State
+from moebench.attacks._passes import Passes, batches
 from moebench.attacks._projections import project
 from moebench.attacks._random import sample_keys
 from moebench.attacks._views import View, make_view
-from moebench.errors import RunError
 from moebench.schema import ThreatModel
 from moebench.threat import within
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -87,26 +84,21 @@ class Queue:
         return torch.cat(found) if found else self.index[:0]
 
 
-def batches(tensor: Tensor, size: int) -> Iterator[Tensor]:
-    """Consecutive parts of up to `size` rows."""
-    for start in range(0, len(tensor), size):
-        yield tensor[start : start + size]
-
-
 class Judge:
     """Decides success: inside the threat model, and wrong on the whole model in float32, in a pass of its own."""
 
-    def __init__(self, model: nn.Module, samples: Samples, threat: ThreatModel) -> None:
+    def __init__(self, model: nn.Module, samples: Samples, threat: ThreatModel, passes: Passes) -> None:
         self.model = model
         self.samples = samples
         self.threat = threat
+        self.passes = passes
 
     @torch.no_grad()
-    def __call__(self, x_adv: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, x_adv: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
         """Which images are adversarial, (m,) bool, and the predictions on them, (m,)."""
-        valid = within(x_adv, self.samples.x[index], self.threat)
-        prediction = self.model(x_adv).argmax(dim=1)
-        return valid & (prediction != self.samples.y[index]), prediction
+        valid = within(x_adv, self.samples.x[rows.index], self.threat)
+        prediction = self.passes.predictions(self.model, x_adv, rows)
+        return valid & (prediction != self.samples.y[rows.index]), prediction
 
 
 class Engine(Oracle):
@@ -121,6 +113,7 @@ class Engine(Oracle):
         seed: of the random starts and proposals.
         flush_seconds: how often finished samples are handed over while a stage runs.
         screen: a faster copy of the model; on views other than the whole, what it calls right is not judged.
+        draws: passes that are averaged for a model that is random.
     """
 
     def __init__(
@@ -134,70 +127,80 @@ class Engine(Oracle):
         seed: int = 0,
         flush_seconds: float = 5.0,
         screen: nn.Module | None = None,
+        draws: int = 1,
     ) -> None:
         self.threat = threat
         self.view = self.own_view = view
         self.samples = samples
-        self.judge = Judge(model, samples, threat)
+        count, device = len(samples), samples.x.device
+        self.passes = Passes(count, device, draws=draws)
+        self.judge = Judge(model, samples, threat, self.passes)
         self.screen = model if screen is None else screen
         self.batch_size = batch_size
         self.seed = seed
         self.flush_seconds = flush_seconds
-        self.model_seconds = 0.0
-        count, device = len(samples), samples.x.device
-        self.forwards = torch.zeros(count, dtype=torch.int64, device=device)
-        self.backwards = torch.zeros(count, dtype=torch.int64, device=device)
         self.broken = torch.zeros(count, dtype=torch.bool, device=device)
         # Rank of the target class by which a sample was broken in the current stage.
         self.rank = torch.full((count,), -1, dtype=torch.int64, device=device)
         self.adv_pred = samples.y.clone()
         self.x_adv = samples.x.clone()
 
+    @property
+    def forwards(self) -> Tensor:
+        """Forward passes per sample in the current stage, (N,)."""
+        return self.passes.forwards
+
+    @property
+    def backwards(self) -> Tensor:
+        """Backward passes per sample in the current stage, (N,)."""
+        return self.passes.backwards
+
+    @property
+    def model_seconds(self) -> float:
+        """Time inside the model so far."""
+        return self.passes.clock.seconds
+
     # What an attack asks for.
+
+    @property
+    @override
+    def room(self) -> int:
+        return self.batch_size
+
+    @property
+    @override
+    def repeatable(self) -> bool:
+        return self.passes.draws == 1
 
     @override
     def logits(self, x: Tensor, rows: Rows, *, propose: bool = True) -> Tensor:
-        with torch.no_grad():
-            out = self._timed(lambda: self.view.aimed(x, rows.index, rows.target))
-        self._count(self.forwards, rows.index)
+        out = self.passes.logits(self._see, x, rows)
         if propose:
             self.propose(x, rows, out)
         return out
 
     @override
     def gradient(self, x: Tensor, rows: Rows, loss: Loss) -> tuple[Tensor, Tensor, Tensor]:
-        x = x.detach().requires_grad_()
-
-        def passes() -> tuple[Tensor, Tensor, Tensor]:
-            with torch.enable_grad():
-                out = self.view.aimed(x, rows.index, rows.target)
-                if not out.requires_grad:
-                    raise RunError(
-                        "the model's logits have no gradient (is there a no_grad or detach in its forward pass?); "
-                        "only --attack square can be run on it"
-                    )
-                value = loss(out, rows)
-                (gradient,) = torch.autograd.grad(value.sum(), x, allow_unused=True)
-            return out.detach(), value.detach(), torch.zeros_like(x) if gradient is None else gradient
-
-        out, value, gradient = self._timed(passes)
-        x = x.detach()
-        self._count(self.forwards, rows.index)
-        self._count(self.backwards, rows.index)
+        out, value, gradient = self.passes.gradient(self._see, x, rows, loss)
         self.propose(x, rows, out)
         return out, value, gradient
 
+    def _see(self, x: Tensor, rows: Rows) -> Tensor:
+        return self.view.aimed(x, rows.index, rows.target)
+
     # The loop.
 
-    def run_stage(self, attack: Attack, index: Tensor, sink: Sink) -> None:
+    def run_stage(self, attack: Attack, index: Tensor, sink: Sink, *, search: torch.dtype | None = None) -> None:
         """Attacks the samples `index` (m,) and hands each over exactly once, broken or not.
 
         Args:
             attack: one stage.
             index: numbers of the samples to attack.
             sink: receives finished samples, every few seconds and at the end.
+            search: floating type of the search's passes; None for float32. Success is judged in float32 all the same.
         """
         self.view = self._view_for(attack)
+        self.passes.search_type = search
         self.forwards[index] = 0
         self.backwards[index] = 0
         self.rank[index] = -1
@@ -246,9 +249,11 @@ class Engine(Oracle):
             return None
         found = []
         for part in batches(index, self.batch_size):
-            targets = attack.targets(self.view.logits(self.samples.x[part], part), self.samples.y[part])
+            none = torch.full_like(part, -1)
+            rows = Rows(part, self.samples.x[part], self.samples.y[part], none, none, none)
+            logits = self.passes.logits(lambda x, rows: self.view.logits(x, rows.index), rows.x, rows)
+            targets = attack.targets(logits, rows.y)
             assert targets is not None
-            self._count(self.forwards, part)
             found.append(targets)
         return torch.cat(found)
 
@@ -283,12 +288,15 @@ class Engine(Oracle):
 
     def _retire(self, attack: Attack, state: State, rows: Rows, ended: Tensor) -> Tensor:
         """Keeps the final images of standing samples; returns the positions of the rows that go on."""
+        leaving = ended | ~self._open(rows)
+        if not bool(leaving.any()):
+            return torch.arange(len(rows), device=leaving.device)
         standing = (ended & ~self.broken[rows.index] & (rows.rank == 0)).nonzero().squeeze(1)
         if len(standing) > 0:
             # An attack may end outside the ball: FAB looks for the boundary wherever it is.
             final = attack.final(state)[standing]
             self.x_adv[rows.index[standing]] = project(final, rows.x[standing], self.threat)
-        return (~ended & self._open(rows)).nonzero().squeeze(1)
+        return (~leaving).nonzero().squeeze(1)
 
     def _flush(self, handed: Tensor, unfinished: tuple[Tensor, ...], seconds: float, sink: Sink) -> bool:
         """Hands over what is decided and was not handed over before; says whether there was any.
@@ -336,37 +344,20 @@ class Engine(Oracle):
             return
         candidates = candidates[within(x[candidates], rows.x[candidates], self.threat)]
         if not self.view.is_whole and len(candidates) > 0:
-            candidates = self._screened(x, rows, candidates)
+            seen = self.passes.predictions(self.screen, x[candidates], rows.take(candidates))
+            candidates = candidates[seen != rows.y[candidates]]
         if len(candidates) == 0:
             return
-        index = rows.index[candidates]
-        success, prediction = self._timed(lambda: self.judge(x[candidates], index))
-        self._count(self.forwards, index)
+        success, prediction = self.judge(x[candidates], rows.take(candidates))
         hits = success.nonzero().squeeze(1)
         if len(hits) > 0:
             # Several rows of one sample may succeed at once: the first target counts, and rows keep that order.
-            hits = hits[_first_of_each(index[hits])]
-            at = index[hits]
+            hits = hits[_first_of_each(rows.index[candidates[hits]])]
+            at = rows.index[candidates[hits]]
             self.rank[at] = rows.rank[candidates[hits]]
             self.broken[at] = True
             self.adv_pred[at] = prediction[hits]
             self.x_adv[at] = x[candidates[hits]]
-
-    def _screened(self, x: Tensor, rows: Rows, candidates: Tensor) -> Tensor:
-        """Those of the candidates that the copy of the whole model gets wrong."""
-        prediction = self._timed(lambda: self.screen(x[candidates]).argmax(dim=1))
-        self._count(self.forwards, rows.index[candidates])
-        return candidates[prediction != rows.y[candidates]]
-
-    @staticmethod
-    def _count(counter: Tensor, index: Tensor) -> None:
-        counter.index_add_(0, index, torch.ones_like(index))
-
-    def _timed(self, work: Callable[[], T]) -> T:
-        begin = time.perf_counter()
-        result = work()
-        self.model_seconds += time.perf_counter() - begin
-        return result
 
 
 def _first_of_each(index: Tensor) -> Tensor:

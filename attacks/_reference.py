@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from moebench.attacks._base import Attack, AttackPlan, Rows
-from moebench.attacks._engine import Engine, Finished, Sink, batches
+from moebench.attacks._engine import Engine, Finished, Sink
+from moebench.attacks._passes import batches
 from moebench.attacks._projections import expand, l2_norm, random_start
 from moebench.attacks._random import sample_keys
 from moebench.attacks._views import View

@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from moebench.attacks._base import Attack, Oracle, Rows, State, register_attack
 from moebench.attacks._losses import cross_entropy
-from moebench.attacks._projections import ascend, project, random_start
+from moebench.attacks._projections import ascend, expand, project, random_start
 from moebench.models.resnet import MADRY_2018
 from moebench.schema import PaperCard
 
@@ -34,17 +34,25 @@ GOODFELLOW_2015 = PaperCard(
 
 @dataclass
 class PGDState(State):
-    """x: the current image; step: updates made; x_best, loss_best: the image of highest loss so far."""
+    """x: the current image; step: updates made; x_best, loss_best: the image of highest loss so far.
+
+    anchor: the image after the last power of two of updates.
+    """
 
     x: Tensor
     step: Tensor
     x_best: Tensor
     loss_best: Tensor
+    anchor: Tensor
 
 
 @dataclass(frozen=True)
 class PGD(Attack):
     """Projected gradient ascent with a fixed step.
+
+    The next image depends on the current one alone, so a search that comes back to an image goes round in circles
+    from there, and ends (arXiv 2503.19347). Returns are found by comparing with the image after the last power of two
+    of updates (Brent, 1980), exactly, whatever the length of the circle.
 
     Args:
         steps: updates; the image after the last one is judged as well.
@@ -65,7 +73,9 @@ class PGD(Attack):
     def start(self, rows: Rows, oracle: Oracle) -> PGDState:
         x = random_start(rows.x, rows.key, oracle.threat) if self.random_start else rows.x.clone()
         count = torch.zeros(len(rows), dtype=torch.int64, device=x.device)
-        return PGDState(x, count, x.clone(), torch.full((len(rows),), float("-inf"), device=x.device))
+        lowest = torch.full((len(rows),), float("-inf"), device=x.device)
+        # No image is outside the box, so nothing returns to the first anchor.
+        return PGDState(x, count, x.clone(), lowest, torch.full_like(x, oracle.threat.lower - 1))
 
     @override
     def step(self, state: PGDState, rows: Rows, oracle: Oracle) -> Tensor:
@@ -79,7 +89,7 @@ class PGD(Attack):
         going = ~ended.view(-1, 1, 1, 1)
         state.x = torch.where(going, project(moved, rows.x, oracle.threat), state.x)
         state.step = state.step + 1
-        return ended
+        return ended | self._circling(state, oracle)
 
     @override
     def budget(self) -> tuple[int, int]:
@@ -88,6 +98,15 @@ class PGD(Attack):
     @override
     def final(self, state: PGDState) -> Tensor:
         return state.x_best
+
+    def _circling(self, state: PGDState, oracle: Oracle) -> Tensor:
+        """Which rows are back at their anchor, and so have seen every image that they would ever see."""
+        if not oracle.repeatable:
+            return torch.zeros_like(state.step, dtype=torch.bool)
+        back = (state.x == state.anchor).flatten(1).all(dim=1)
+        power_of_two = (state.step & (state.step - 1)) == 0
+        state.anchor = torch.where(expand(power_of_two, state.x), state.x, state.anchor)
+        return back
 
     def _keep_best(self, state: PGDState, loss: Tensor) -> None:
         better = loss > state.loss_best

@@ -42,13 +42,19 @@ ANDRIUSHCHENKO_2020 = PaperCard(
 _BENDS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 
 
+_MOST_AHEAD = 32
+_WASTE = 0.3
+"""Expected acceptances in one round of proposals made ahead: about half of it is the share that is made in vain."""
+
+
 @dataclass
 class SquareState(State):
-    """x: the best image so far; loss: its margin; queries: proposals made."""
+    """x: the best image so far; loss: its margin; queries: proposals made; rate: share of proposals kept of late."""
 
     x: Tensor
     loss: Tensor
     queries: Tensor
+    rate: Tensor
 
 
 @dataclass(frozen=True)
@@ -75,26 +81,49 @@ class Square(Attack):
         threat = oracle.threat
         x = _stripes(rows, threat) if threat.norm == "Linf" else _tiles(rows, threat)
         loss = margin(oracle.logits(x, rows), rows)
-        return SquareState(x, loss, torch.zeros(len(rows), dtype=torch.int64, device=x.device))
+        return SquareState(x, loss, torch.zeros(len(rows), dtype=torch.int64, device=x.device), torch.ones_like(loss))
 
     @override
     def step(self, state: SquareState, rows: Rows, oracle: Oracle) -> Tensor:
-        smallest = 1 if oracle.threat.norm == "Linf" else 3
-        sides = patch_sides(self.queries, self.p_init, smallest, rows.x.shape[2], rows.x.shape[3], state.x.device)[
-            state.queries
-        ]
-        propose = _propose_linf if oracle.threat.norm == "Linf" else _propose_l2
-        x_new = propose(state, rows, _Patches(sides, self.whole_image), oracle.threat)
-        logits = oracle.logits(x_new, rows, propose=False)
-        loss = margin(logits, rows)
-        better = loss > state.loss
-        kept = better.nonzero().squeeze(1)
-        if len(kept) > 0:
-            oracle.propose(x_new[kept], rows.take(kept), logits[kept])
-        state.x = torch.where(expand(better, x_new), x_new, state.x)
-        state.loss = torch.where(better, loss, state.loss)
-        state.queries = state.queries + 1
+        """Makes the next proposals of each row, several where places are free, and keeps the first that is better.
+
+        Most proposals are turned down, and the one after a proposal that is turned down does not depend on it. So the
+        next few can be tried in one pass; what follows the first better one is void and is proposed anew from there.
+        """
+        left = self.queries - state.queries
+        ahead = self._ahead(state, int(left.max()), oracle.room)
+        row = torch.arange(len(rows), device=left.device).repeat_interleave(ahead)
+        number = torch.arange(ahead, device=left.device)
+        many = rows.take(row)
+        queries = (state.queries.unsqueeze(1) + number).flatten()
+        x_new = self._propose(state.x[row], queries, many, oracle.threat)
+        logits = oracle.logits(x_new, many, propose=False)
+        loss = margin(logits, many).view(-1, ahead)
+        better = (loss > state.loss.unsqueeze(1)) & (number < left.unsqueeze(1))
+        kept = better.any(dim=1)
+        used = torch.where(kept, better.int().argmax(dim=1) + 1, left.clamp_max(ahead))
+        risen = kept.nonzero().squeeze(1)
+        if len(risen) > 0:
+            at = risen * ahead + used[risen] - 1
+            oracle.propose(x_new[at], rows.take(risen), logits[at])
+            state.x = state.x.index_copy(0, risen, x_new[at])
+            state.loss = state.loss.index_copy(0, risen, loss.flatten()[at])
+        state.queries = state.queries + used
+        memory = 0.98**used
+        state.rate = memory * state.rate + (1 - memory) * kept / used
         return state.queries >= self.queries
+
+    def _ahead(self, state: SquareState, left: int, room: int) -> int:
+        """Proposals per row in the next pass: what fits, as long as few of them are likely to be made in vain."""
+        worthwhile = _WASTE / max(float(state.rate.mean()), 1e-6)
+        return max(1, min(room // len(state.x), int(worthwhile), left, _MOST_AHEAD))
+
+    def _propose(self, x: Tensor, queries: Tensor, rows: Rows, threat: ThreatModel) -> Tensor:
+        smallest = 1 if threat.norm == "Linf" else 3
+        sides = patch_sides(self.queries, self.p_init, smallest, x.shape[2], x.shape[3], x.device)
+        patches = _Patches(sides[queries.clamp_max(self.queries - 1)], self.whole_image)
+        propose = _propose_linf if threat.norm == "Linf" else _propose_l2
+        return propose(x, queries, rows, patches, threat)
 
     @override
     def budget(self) -> tuple[int, int]:
@@ -148,13 +177,13 @@ def _patch(u: Tensor, patches: _Patches, height: int, width: int) -> Tensor:
     return (inside_y.unsqueeze(2) & inside_x.unsqueeze(1)).unsqueeze(1)
 
 
-def _propose_linf(state: SquareState, rows: Rows, patches: _Patches, threat: ThreatModel) -> Tensor:
+def _propose_linf(x: Tensor, queries: Tensor, rows: Rows, patches: _Patches, threat: ThreatModel) -> Tensor:
     """Algorithm 2: a patch of ±2 eps per channel, projected back to the ball."""
     batch, channels, height, width = rows.x.shape
-    u = uniform(rows.key, state.queries + 1, 2 + channels)
+    u = uniform(rows.key, queries + 1, 2 + channels)
     signs = torch.where(u[:, 2:] < 0.5, -1.0, 1.0).view(batch, channels, 1, 1)
     patch = _patch(u, patches, height, width)
-    return project(state.x + patch * (2 * threat.eps * signs), rows.x, threat)
+    return project(x + patch * (2 * threat.eps * signs), rows.x, threat)
 
 
 def _tiles(rows: Rows, threat: ThreatModel) -> Tensor:
@@ -174,11 +203,11 @@ def _tiles(rows: Rows, threat: ThreatModel) -> Tensor:
     return _on_sphere(delta, rows, threat)
 
 
-def _propose_l2(state: SquareState, rows: Rows, patches: _Patches, threat: ThreatModel) -> Tensor:
+def _propose_l2(x: Tensor, queries: Tensor, rows: Rows, patches: _Patches, threat: ThreatModel) -> Tensor:
     """Algorithm 3: moves the budget of a second patch, and what is left of eps, into a first one."""
     batch, channels, height, width = rows.x.shape
-    u = uniform(rows.key, state.queries + 1, 5 + channels)
-    delta = state.x - rows.x
+    u = uniform(rows.key, queries + 1, 5 + channels)
+    delta = x - rows.x
     first, second = _patch(u[:, 0:2], patches, height, width), _patch(u[:, 2:4], patches, height, width)
     spent = delta.square().sum(dim=(1, 2, 3), keepdim=True)
     budget = (threat.eps**2 - spent).clamp_min(0.0) / channels

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from moebench.attacks import AttackPlan, load_attack
 from moebench.attacks._engine import Engine, Finished, Samples, to_samples
-from moebench.attacks._fuse import fused_copy
 from moebench.attacks._reference import run_reference
+from moebench.attacks._search import search_copy
 from moebench.attacks._views import make_view
 from moebench.datasets import load_dataset
 from moebench.models import load_model
@@ -40,7 +40,7 @@ class Round:
 def attack(model: nn.Module, samples: Samples, threat: ThreatModel, plan: AttackPlan, *, reference: bool) -> Round:
     """Runs an attack on the whole view, from the clean pass to the last verdict."""
     begin = time.perf_counter()
-    search = model if reference else fused_copy(model, samples.x[:256])
+    search = model if reference else search_copy(model, samples.x[:256]).module
     view = make_view("whole", search)
     engine = Engine(model, view, samples, threat, batch_size=256 if reference else 1024)
     with torch.no_grad():

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from moebench.attacks._base import Attack, AttackPlan
 from moebench.attacks._engine import Engine, Finished, Samples
+from moebench.attacks._passes import Expectation
 from moebench.attacks._reference import run_reference
 from moebench.attacks._views import make_view
 from moebench.metrics import wilson
 from moebench.routing import RoutingProbe
-from moebench.schema import CellSpec, Chunk, ResultRecord, ThreatModel
+from moebench.schema import CellSpec, Chunk, Precision, ResultRecord, ThreatModel
 from moebench.store import Store
 from moebench.threat import distances
 
@@ -28,7 +29,8 @@ class CellWork:
     """What a cell needs.
 
     `search` gives the logits of `model` faster; the attack runs on it, success is judged on `model`. `clean_pred`
-    (N,) are the whole model's predictions; `tell(stage, done, n, standing)` reports progress.
+    (N,) are the whole model's predictions; `draws` are the passes averaged for a model that is random; `tell(stage,
+    done, n, standing)` reports progress.
     """
 
     plan: AttackPlan
@@ -40,6 +42,7 @@ class CellWork:
     threat: ThreatModel
     batch_size: int
     tell: Tell
+    draws: int = 1
 
 
 @dataclass
@@ -72,9 +75,26 @@ def run_cell(work: CellWork, store: Store | None, run_id: str, *, resume: bool) 
     runner = _CellRunner(work, store, run_id, resume)
     if not runner.has("clean"):
         runner.commit_clean()
-    for stage in work.plan.stages:
-        runner.run_stage(stage)
+    for stage, search in searches(work.plan, work.cell.precision):
+        runner.run_stage(stage, search)
     return runner.finish()
+
+
+def searches(plan: AttackPlan, precision: Precision) -> list[tuple[Attack, torch.dtype | None]]:
+    """The stages of a plan with the floating type of their searches, None for float32.
+
+    "bfloat16" has the first stage cull in bfloat16 before everything runs in float32, so that nothing is lost by it.
+    "bfloat16-only" is the quick look.
+    """
+    if precision == "bfloat16-only":
+        return [(stage, torch.bfloat16) for stage in plan.stages]
+    full: list[tuple[Attack, torch.dtype | None]] = [(stage, None) for stage in plan.stages]
+    return [(plan.stages[0], torch.bfloat16), *full] if precision == "bfloat16" else full
+
+
+def stage_name(stage: Attack, search: torch.dtype | None) -> str:
+    """Under what name the store keeps a stage."""
+    return stage.stage if search is None else f"{stage.stage} in {str(search).removeprefix('torch.')}"
 
 
 class _CellRunner:
@@ -91,13 +111,14 @@ class _CellRunner:
         view = make_view(work.cell.view, work.search)
         view.prepare(work.samples.x)
         self.engine = Engine(
-            work.model,
+            work.model if work.draws == 1 else Expectation(work.model, work.draws),
             view,
             work.samples,
             work.threat,
             batch_size=work.batch_size,
             seed=work.cell.seed,
-            screen=work.search,
+            screen=work.search if work.draws == 1 else Expectation(work.search, work.draws),
+            draws=work.draws,
         )
         self.result_id: int | None = None
         if store is not None:
@@ -119,9 +140,10 @@ class _CellRunner:
         self.engine.broken |= wrong
         self._keep("clean", finished)
 
-    def run_stage(self, stage: Attack) -> None:
+    def run_stage(self, stage: Attack, search: torch.dtype | None) -> None:
         """Attacks the samples that stand and that this stage has not decided yet."""
-        decided = self.done.get(stage.stage)
+        name = stage_name(stage, search)
+        decided = self.done.get(name)
         todo = ~self.outcome.broken
         if decided is not None:
             todo &= ~decided
@@ -132,15 +154,15 @@ class _CellRunner:
 
         def sink(finished: Finished) -> None:
             nonlocal decided_now
-            self._keep(stage.stage, finished)
+            self._keep(name, finished)
             decided_now += len(finished.index)
-            self.work.tell(stage.stage, decided_now, total, int((~self.outcome.broken).sum()))
+            self.work.tell(name, decided_now, total, int((~self.outcome.broken).sum()))
 
-        self.work.tell(stage.stage, 0, total, int((~self.outcome.broken).sum()))
+        self.work.tell(name, 0, total, int((~self.outcome.broken).sum()))
         if self.work.cell.engine == "reference":
             run_reference(stage, self.engine, index, sink)
         else:
-            self.engine.run_stage(stage, index, sink)
+            self.engine.run_stage(stage, index, sink, search=search)
 
     def finish(self) -> tuple[ResultRecord, CellOutcome]:
         """The aggregate, checked and stored."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from moebench.attacks._engine import Samples, batches
+from moebench.attacks._engine import Samples
+from moebench.attacks._passes import batches
 from moebench.errors import UsageError
 
 

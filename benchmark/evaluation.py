@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from moebench.attacks._base import ATTACKS, AttackPlan
 from moebench.attacks._engine import Samples, to_samples
-from moebench.attacks._fuse import fused_copy
+from moebench.attacks._memory import fitting_rows, keep_freed_memory
 from moebench.attacks._reference import check_reference
+from moebench.attacks._search import SearchCopy, search_copy
 from moebench.attacks._views import check_view, default_views
 from moebench.cells import CellOutcome, CellWork, run_cell
 from moebench.checks import clean_logits
@@ -29,6 +29,7 @@ from moebench.schema import (
     PROTOCOL_VERSION,
     CellSpec,
     Norm,
+    Precision,
     ProtocolRecord,
     ResultRecord,
     RunStart,
@@ -42,7 +43,8 @@ from moebench.summary import Summary, summarise
 class EvalSpec:
     """What to evaluate; the fields are the options of `moebench evaluate`.
 
-    `batch_size` None fits the image size. `views` is empty for the model's default views, `eps` None for the data
+    `batch_size` None fits the device. `draws` are the passes averaged for a model that is random; `compiled` tries
+    torch.compile on the search. `views` is empty for the model's default views, `eps` None for the data
     set's default radius, `n` None for all samples.
     """
 
@@ -57,6 +59,9 @@ class EvalSpec:
     device: str = "cpu"
     seed: int = 0
     engine: str = "native"
+    precision: Precision = "float32"
+    draws: int = 1
+    compiled: bool = False
     db: str | None = None
     weights: Path | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -89,8 +94,9 @@ class Prepared:
     spec: EvalSpec
     dataset: Dataset
     loaded: LoadedModel
-    search: nn.Module
+    search: SearchCopy
     batch_size: int
+    draws: int
     threat: ThreatModel
     samples: Samples
     clean_pred: torch.Tensor
@@ -126,14 +132,15 @@ def parse_attacks(names: Sequence[str]) -> list[AttackPlan]:
 
 def prepare(spec: EvalSpec, plans: Sequence[AttackPlan]) -> Prepared:
     """Loads data and model, refuses what cannot work, and lists the cells."""
-    if spec.batch_size is not None and spec.batch_size < 1:
-        raise UsageError(f"batch size must be at least 1, got {spec.batch_size}")
+    _check_numbers(spec)
     dataset = load_dataset(spec.dataset, n=spec.n)
     threat = dataset.default_threat(spec.norm) if spec.eps is None else ThreatModel(spec.norm, spec.eps)
     torch.manual_seed(spec.seed)
     loaded = load(spec.model, dataset, weights=spec.weights, settings=spec.settings, device=spec.device)
     samples = to_samples(dataset.images, dataset.labels, dataset.ids, spec.device)
-    batch_size = spec.batch_size or fitting_batch(dataset.shape, spec.device)
+    if spec.device == "cpu":
+        keep_freed_memory()
+    batch_size = spec.batch_size or fitting_rows(loaded.module, dataset.shape, spec.device)
     logits = clean_logits(loaded.module, samples, dataset.num_classes, batch_size)
     for plan in plans:
         if logits.shape[1] < plan.min_classes:
@@ -144,15 +151,23 @@ def prepare(spec: EvalSpec, plans: Sequence[AttackPlan]) -> Prepared:
         dataset.name, dataset.split, dataset.sha256, len(dataset), dataset.num_classes, dataset.class_names, threat
     )
     cells = plan_cells(spec, plans, loaded, protocol)
-    search = fused_copy(loaded.module, samples.x[:batch_size]) if spec.engine == "native" else loaded.module
-    return Prepared(spec, dataset, loaded, search, batch_size, threat, samples, logits.argmax(dim=1), protocol, cells)
+    search = SearchCopy(loaded.module, {})
+    if spec.engine == "native":
+        search = search_copy(loaded.module, samples.x[:batch_size], compiled=spec.compiled)
+    clean_pred = logits.argmax(dim=1)
+    return Prepared(spec, dataset, loaded, search, batch_size, spec.draws, threat, samples, clean_pred, protocol, cells)
 
 
-def fitting_batch(shape: tuple[int, int, int], device: str) -> int:
-    """Rows that run together where the user does not say: small images need many to keep the device busy."""
-    pixels = shape[0] * shape[1] * shape[2]
-    budget = 2**18 if device == "cpu" else 2**22
-    return max(16, min(1024, budget // pixels))
+def _check_numbers(spec: EvalSpec) -> None:
+    """Refuses sizes that mean nothing, and options of the native engine with the reference engine."""
+    if spec.batch_size is not None and spec.batch_size < 1:
+        raise UsageError(f"batch size must be at least 1, got {spec.batch_size}")
+    if spec.draws < 1:
+        raise UsageError(f"--eot takes the number of passes to average, at least 1, got {spec.draws}")
+    own = {"--precision": spec.precision != "float32", "--eot": spec.draws > 1, "--compile": spec.compiled}
+    for option, used in own.items():
+        if used and spec.engine != "native":
+            raise UsageError(f"{option} belongs to our engine; leave out --engine {spec.engine}")
 
 
 def plan_cells(
@@ -183,6 +198,8 @@ def _views_of(plan: AttackPlan, spec: EvalSpec, loaded: LoadedModel) -> Sequence
 
 def _cell(plan: AttackPlan, view: str, spec: EvalSpec, loaded: LoadedModel, protocol: ProtocolRecord) -> CellSpec:
     parameters = plan.parameters()
+    if spec.draws > 1:
+        parameters["eot"] = spec.draws
     facts = {
         "model": loaded.record.name,
         "weights": loaded.checkpoint.sha256,
@@ -196,7 +213,10 @@ def _cell(plan: AttackPlan, view: str, spec: EvalSpec, loaded: LoadedModel, prot
         "engine": spec.engine,
         "protocol": PROTOCOL_VERSION,
     }
-    return CellSpec(fingerprint(facts), plan.name, parameters, view, spec.seed, spec.engine)
+    # Left out at their defaults, so that a result keeps its identity when such an option is added.
+    if spec.precision != "float32":
+        facts["precision"] = spec.precision
+    return CellSpec(fingerprint(facts), plan.name, parameters, view, spec.seed, spec.engine, spec.precision)
 
 
 def _run(prepared: Prepared, store: Store, listener: Listener | None) -> Summary:
@@ -215,6 +235,7 @@ def _run(prepared: Prepared, store: Store, listener: Listener | None) -> Summary
                 **environment(spec.device, torch.get_num_threads()),
                 "seed": spec.seed,
                 "batch_size": prepared.batch_size,
+                "search": prepared.search.notes,
                 "code": prepared.loaded.code,
             },
         )
@@ -264,12 +285,13 @@ def _work(prepared: Prepared, plan: AttackPlan, cell: CellSpec, number: int, lis
         plan=plan,
         cell=cell,
         model=prepared.loaded.module,
-        search=prepared.search,
+        search=prepared.search.module,
         samples=prepared.samples,
         clean_pred=prepared.clean_pred,
         threat=prepared.threat,
         batch_size=prepared.batch_size,
         tell=tell,
+        draws=prepared.draws,
     )
 
 

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from moebench.attacks._engine import batches
+from moebench.attacks._passes import batches
 from moebench.models._moe import moe_layers, route
 from moebench.schema import IntArray, RoutingLayer
 

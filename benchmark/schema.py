@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from moebench.errors import UsageError
 
 Norm = Literal["Linf", "L2"]
+Precision = Literal["float32", "bfloat16", "bfloat16-only"]
 Json = Mapping[str, Any]
 IntArray = NDArray[np.int64]
 BoolArray = NDArray[np.bool_]
@@ -31,6 +32,8 @@ SUITE_VERSION = "v1"
 """Version of the attack definitions that `moebench list attacks` prints."""
 
 NORMS: tuple[Norm, ...] = get_args(Norm)
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+"""Of the search: float32; bfloat16 first and float32 on what is left; bfloat16 alone, a quick look, never ranked."""
 
 VIEWS = ("whole", "router", "experts", "smooth", "straight-through", "standard", "robust")
 """Views by name; `expert[i]` and `expert[LAYER:i]` come on top."""
@@ -180,7 +183,7 @@ class CellSpec:
     view: str
     seed: int
     engine: str = "native"
-    precision: str = "float32"
+    precision: Precision = "float32"
     suite: str = SUITE_VERSION
 
 

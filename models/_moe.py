@@ -140,7 +140,8 @@ def combine(experts: nn.ModuleList, x: Tensor, routing: Routing) -> Tensor:
         if rows.numel() == 0 and not (out is None and number == len(experts) - 1):
             continue
         y = expert(x if rows.numel() == x.shape[0] else x[rows])
-        weight = routing.weights[rows, number].view(-1, *[1] * (y.dim() - 1))
+        # Under autocast the experts answer in a smaller type than the router.
+        weight = routing.weights[rows, number].to(y.dtype).view(-1, *[1] * (y.dim() - 1))
         if out is None:
             out = y.new_zeros(x.shape[0], *y.shape[1:])
         out = out.index_add(0, rows, y * weight)

@@ -28,9 +28,10 @@ from toys import (
 )
 
 from moebench.attacks import list_attacks, load_attack
-from moebench.attacks._base import Attack
+from moebench.attacks._base import Attack, Rows
 from moebench.attacks._engine import Engine, Finished, Judge, Samples
-from moebench.attacks._fuse import fused_copy
+from moebench.attacks._passes import Passes
+from moebench.attacks._search import search_copy
 from moebench.attacks._views import make_view
 from moebench.attacks.apgd import APGD
 from moebench.attacks.fab import FAB
@@ -201,9 +202,10 @@ def test_an_image_outside_the_threat_model_counts_for_nothing(norm: Norm) -> Non
 def test_the_judge_alone_refuses_invalid_images(norm: Norm) -> None:
     samples, threat = digits(5), ThreatModel(norm, 0.05)
     wrong = Samples(samples.x, (samples.y + 1) % 10, samples.ids)
-    judge = Judge(trained_conv(), wrong, threat)
+    judge = Judge(trained_conv(), wrong, threat, Passes(5, torch.device("cpu")))
     outside = samples.x + torch.tensor([0.0, 1.0, -1.0, float("nan"), float("inf")]).view(5, 1, 1, 1)
-    broken, prediction = judge(outside, torch.arange(5))
+    rows = Rows(*(torch.arange(5), wrong.x, wrong.y, *[torch.zeros(5, dtype=torch.int64)] * 3))
+    broken, prediction = judge(outside, rows)
     assert broken.tolist() == [True, False, False, False, False]
     assert prediction.shape == (5,)
 
@@ -215,7 +217,7 @@ def test_the_judge_alone_refuses_invalid_images(norm: Norm) -> None:
 def test_a_fused_copy_has_the_logits_of_the_model_and_no_batchnorm(make: Callable[[], nn.Module]) -> None:
     model, x = make(), digits(50).x
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    copied = fused_copy(model, x[:10])
+    copied = search_copy(model, x[:10]).module
     assert copied is not model
     assert not any(isinstance(part, nn.BatchNorm2d) for part in copied.modules())
     torch.testing.assert_close(copied(x), model(x), rtol=1e-4, atol=1e-3)
@@ -237,8 +239,8 @@ def test_a_model_that_cannot_be_fused_is_searched_as_it_is() -> None:
             return x.flatten(1)
 
     model, plain = Refuses().eval(), frozen(Gated())
-    assert fused_copy(model, digits(3).x) is model
-    assert fused_copy(plain, torch.rand(3, 1, 2, 2)) is plain
+    assert search_copy(model, digits(3).x).module is model
+    assert search_copy(plain, torch.rand(3, 1, 2, 2)).module is plain
 
 
 def test_verdicts_of_the_search_on_a_copy_are_confirmed_on_the_model() -> None:

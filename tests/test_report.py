@@ -103,15 +103,15 @@ def test_without_autoattack_on_the_whole_model_there_is_no_rank(view: str) -> No
     assert "Not ranked: autoattack has not been run" in render(store)["index.html"]
 
 
-@pytest.mark.parametrize("cell", [{"engine": "reference"}, {"precision": "bfloat16-culled"}])
-def test_other_engines_and_precisions_stay_out_of_the_table_but_on_the_page(cell: dict[str, Any]) -> None:
+@pytest.mark.parametrize("cell", [{"engine": "reference"}, {"precision": "bfloat16-only"}])
+def test_other_engines_and_quick_looks_stay_out_of_the_table_but_on_the_page(cell: dict[str, Any]) -> None:
     store = FakeStore()
     store.add(model("a"), "autoattack", first_broken(200, 20))
     store.add(model("a"), "autoattack", first_broken(200, 199), **cell)
     assert row_of(store, "a").worst.measure == Measure(180, 200)
     assert board_of(store).left_out == 1
     files = render(store)
-    assert "1 result of other engines or precisions is not in this table" in files["index.html"]
+    assert "1 result of other engines or of quick looks in bfloat16 is not in this table" in files["index.html"]
     assert "not in the leaderboard" in files["models/a.html"]
 
 

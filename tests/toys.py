@@ -211,6 +211,9 @@ def _known(kind: type[Any], **values: Any) -> dict[str, Any]:
 class PlainOracle(Oracle):
     """Answers from the model alone: nothing is judged or dropped, so every row runs to its end."""
 
+    room = 1
+    repeatable = False
+
     def __init__(self, model: nn.Module, threat: ThreatModel) -> None:
         self.model = model
         self.threat = threat

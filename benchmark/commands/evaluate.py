@@ -22,11 +22,17 @@ from moebench.commands._options import (
 )
 from moebench.errors import RunError, UsageError
 from moebench.registry import attack_registry, model_registry
-from moebench.schema import check_view_name, parse_eps
+from moebench.schema import PRECISIONS, check_view_name, parse_eps
 
 if TYPE_CHECKING:
     from moebench.evaluation import EvalSpec
     from moebench.summary import Summary
+
+
+NUMERIC_OPTIONS = {
+    "n": None, "batch_size": None, "seed": 0, "engine": "native", "precision": "float32", "draws": 1, "weights": None,
+}  # fmt: skip
+"""Options that numbers depend on, by the name of their parameter, with their defaults."""
 
 
 @click.command("evaluate")
@@ -46,6 +52,15 @@ if TYPE_CHECKING:
     "--engine", default="native", show_default=True, type=click.Choice(["native", "reference"]),
     help="Our engine, or pyautoattack and torchattacks.",
 )  # fmt: skip
+@click.option(
+    "--precision", default="float32", show_default=True, type=click.Choice(PRECISIONS),
+    help="Of the search; bfloat16 culls first, bfloat16-only is a quick look that is never ranked.",
+)  # fmt: skip
+@click.option(
+    "--eot", "draws", type=int, default=1, show_default=True, metavar="N",
+    help="Passes to average, for a model that is random.",
+)  # fmt: skip
+@click.option("--compile", "compiled", is_flag=True, help="Try torch.compile on the search.")
 @click.option("--weights", type=click.Path(path_type=Path), metavar="FILE", help="Weights instead of the shipped ones.")
 @settings_option
 @database_option
@@ -106,9 +121,9 @@ def command_line(
         words += ["--norm", options["norm"]]
     if eps is not None:
         words += ["--eps", eps]
-    for key, default in (("n", None), ("batch_size", None), ("seed", 0), ("engine", "native"), ("weights", None)):
+    for key, default in NUMERIC_OPTIONS.items():
         if options[key] != default:
-            words += [f"--{key.replace('_', '-')}", str(options[key])]
+            words += [f"--{'eot' if key == 'draws' else key.replace('_', '-')}", str(options[key])]
     for pair in settings:
         words += ["--set", pair]
     return shlex.join(words)

@@ -9,7 +9,8 @@ from typing import Any, Protocol
 from moebench.schema import Claim, Json, Outcomes, ProtocolRecord, StoredResult, StoredRun
 
 WHOLE = "whole"
-ENGINE, PRECISION = "native", "float32"
+ENGINE = "native"
+QUICK_LOOK = "bfloat16-only"
 
 ATTACK_ORDER = (
     "fgsm",
@@ -93,8 +94,8 @@ def attack_key(attack: str) -> tuple[int, str]:
 
 
 def eligible(stored: StoredResult) -> bool:
-    """Whether a result may enter a table: other engines and precisions are shown on model pages only."""
-    return stored.cell.engine == ENGINE and stored.cell.precision == PRECISION
+    """Whether a result may enter a table: other engines and quick looks are shown on model pages only."""
+    return stored.cell.engine == ENGINE and stored.cell.precision != QUICK_LOOK
 
 
 def newest(results: Iterable[StoredResult]) -> StoredResult:
