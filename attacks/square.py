@@ -43,17 +43,28 @@ _BENDS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 
 
 _MOST_AHEAD = 32
-_WASTE = 0.3
-"""Expected acceptances in one round of proposals made ahead: about half of it is the share that is made in vain."""
+_EXPECTED = 0.3
+"""Acceptances to be expected in one round of proposals made ahead: about half of it is the share made in vain."""
+_MOST_WASTE = 0.25
+"""Proposals made in vain, at most, as a share of those that count."""
 
 
 @dataclass
 class SquareState(State):
-    """x: the best image so far; loss: its margin; queries: proposals made; rate: share of proposals kept of late."""
+    """Per-row state.
+
+    Attributes:
+        x: the best image so far.
+        loss: its margin.
+        queries: proposals made that count.
+        wasted: proposals made in vain.
+        rate: share of proposals kept of late.
+    """
 
     x: Tensor
     loss: Tensor
     queries: Tensor
+    wasted: Tensor
     rate: Tensor
 
 
@@ -81,7 +92,8 @@ class Square(Attack):
         threat = oracle.threat
         x = _stripes(rows, threat) if threat.norm == "Linf" else _tiles(rows, threat)
         loss = margin(oracle.logits(x, rows), rows)
-        return SquareState(x, loss, torch.zeros(len(rows), dtype=torch.int64, device=x.device), torch.ones_like(loss))
+        none = torch.zeros(len(rows), dtype=torch.int64, device=x.device)
+        return SquareState(x, loss, none, none.clone(), torch.ones_like(loss))
 
     @override
     def step(self, state: SquareState, rows: Rows, oracle: Oracle) -> Tensor:
@@ -109,14 +121,17 @@ class Square(Attack):
             state.x = state.x.index_copy(0, risen, x_new[at])
             state.loss = state.loss.index_copy(0, risen, loss.flatten()[at])
         state.queries = state.queries + used
+        state.wasted = state.wasted + ahead - used
         memory = 0.98**used
         state.rate = memory * state.rate + (1 - memory) * kept / used
         return state.queries >= self.queries
 
     def _ahead(self, state: SquareState, left: int, room: int) -> int:
         """Proposals per row in the next pass: what fits, as long as few of them are likely to be made in vain."""
-        worthwhile = _WASTE / max(float(state.rate.mean()), 1e-6)
-        return max(1, min(room // len(state.x), int(worthwhile), left, _MOST_AHEAD))
+        spare = (_MOST_WASTE * state.queries - state.wasted).amin()
+        spare_now, rate = torch.stack((spare, state.rate.mean())).tolist()
+        worthwhile = _EXPECTED / max(rate, 1e-6)
+        return max(1, min(room // len(state.x), int(worthwhile), 1 + int(spare_now), left, _MOST_AHEAD))
 
     def _propose(self, x: Tensor, queries: Tensor, rows: Rows, threat: ThreatModel) -> Tensor:
         smallest = 1 if threat.norm == "Linf" else 3
@@ -127,7 +142,7 @@ class Square(Attack):
 
     @override
     def budget(self) -> tuple[int, int]:
-        return self.queries + 2, 0
+        return int((1 + _MOST_WASTE) * self.queries) + 2, 0
 
     @override
     def final(self, state: SquareState) -> Tensor:

@@ -19,7 +19,7 @@ from moebench.attacks._memory import fitting_rows, keep_freed_memory
 from moebench.attacks._reference import check_reference
 from moebench.attacks._search import SearchCopy, search_copy
 from moebench.attacks._views import check_view, default_views
-from moebench.cells import CellOutcome, CellWork, run_cell
+from moebench.cells import CellOutcome, CellWork, run_cell, searches
 from moebench.checks import clean_logits
 from moebench.datasets import Dataset, load_dataset
 from moebench.errors import MoebenchError, RunError, UsageError
@@ -365,7 +365,8 @@ def plan_only(spec: EvalSpec) -> list[PlannedCell]:
     stored = _stored_fingerprints(spec) if not spec.fresh else set()
     planned = []
     for plan, cell in prepared.cells:
-        forwards, backwards = (sum(passes) for passes in zip(*(stage.budget() for stage in plan.stages), strict=True))
+        budgets = [stage.budget() for stage, _ in searches(plan, spec.precision)]
+        forwards, backwards = (spec.draws * sum(passes) for passes in zip(*budgets, strict=True))
         there = cell.fingerprint in stored
         planned.append(
             PlannedCell(plan.name, cell.view, len(prepared.samples), correct * forwards, correct * backwards, there)

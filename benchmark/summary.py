@@ -15,6 +15,7 @@ from moebench.schema import (
     BoolArray,
     Flag,
     Outcomes,
+    Precision,
     ProtocolRecord,
     ResultRecord,
     StoredResult,
@@ -50,6 +51,7 @@ class Summary:
     flags: tuple[Flag, ...]
     results: tuple[ResultRecord, ...]
     reused: int
+    precision: Precision = "float32"
 
     def to_json(self) -> dict[str, Any]:
         """The object that `moebench evaluate --json` prints."""
@@ -61,6 +63,7 @@ class Summary:
             "norm": self.norm,
             "eps": self.eps,
             "suite": SUITE_VERSION,
+            "precision": self.precision,
             "seconds": round(self.seconds, 3),
             "sa": self.sa,
             "ra": self.headlines["ra"],
@@ -111,6 +114,7 @@ def summarise(
         flags=tuple(overstated(by_view)),
         results=tuple(records),
         reused=reused,
+        precision=prepared.spec.precision,
     )
 
 

@@ -19,7 +19,7 @@ from moebench.schema import ResultRecord
 from moebench.store import Store
 
 KEYS = [
-    "run_id", "model", "dataset", "n", "norm", "eps", "suite", "seconds",
+    "run_id", "model", "dataset", "n", "norm", "eps", "suite", "precision", "seconds",
     "sa", "ra", "ra_e", "ra_r", "ra_worst", "flags", "results",
 ]  # fmt: skip
 RESULT_KEYS = ["attack", "view", "accuracy", "ci_low", "ci_high", "n", "seconds", "forwards", "backwards"]

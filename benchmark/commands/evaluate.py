@@ -175,6 +175,8 @@ def _print(summary: Summary, spec: EvalSpec) -> None:
     console = standard_output()
     threat = ThreatModel(spec.norm, summary.eps)
     console.print(f"[bold]{_plain(summary.model)}[/bold] on {_plain(summary.dataset)}, n = {summary.n}, {threat}")
+    if spec.precision == "bfloat16-only":
+        console.print("[yellow]a quick look[/yellow]: searched in bfloat16 only, an upper bound that is not ranked")
     for line in headline_lines(summary):
         console.print(line)
     for line in results_lines(summary.results, console.width):
