@@ -9,7 +9,7 @@ from functools import cache
 import torch
 from torch import nn
 
-CPU_PIXELS = 2**17
+CPU_PIXELS = 2**16
 """Pixels of the rows that run together on a CPU: enough to hide the cost of a call, small enough for its caches."""
 
 FEWEST_ROWS = 16
