@@ -224,9 +224,7 @@ def main() -> int:
         print(f"bench: {error}", file=sys.stderr)
         return 2
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, Linf\n")
-    print(
-        "| model | eps | attack | n | reference | its s | ours s | ratio | equal verdicts | RA ours / its | passes | inside |"
-    )
+    print("| model | eps | attack | n | reference | its s | ours s | ratio | equal | RA ours / its | passes | inside |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     for case in cases:
         for attack_name in case.attacks:
