@@ -13,7 +13,7 @@ from itertools import combinations
 
 import numpy as np
 import torch
-from scipy.optimize import linprog
+from scipy.optimize import linprog  # type: ignore[import-untyped]
 from torch import Tensor, nn
 
 from moebench.attacks._engine import Engine, to_samples

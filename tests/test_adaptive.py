@@ -63,9 +63,9 @@ def fitted(name: str, kind: str) -> AttackPlan:
     return load_attack(name).fitted(of_kind(kind))
 
 
-def run(name: str, kind: str, samples: Samples, **options: int) -> Attacked:
+def run(name: str, kind: str, samples: Samples) -> Attacked:
     stages = cut(fitted(name, kind), **SOME).stages
-    return attack(of_kind(kind), samples, ThreatModel("Linf", EPS["Linf"]), stages, **options)
+    return attack(of_kind(kind), samples, ThreatModel("Linf", EPS["Linf"]), stages)
 
 
 # What it is made of.
