@@ -82,7 +82,7 @@ results: $(VENV)/.runtime
 		$(BIN)/moebench evaluate --model $$model --attack smooth-pgd-50,moe-adaptive || exit 1; \
 		$(BIN)/moebench evaluate --model $$model --attack pgd-50 --view straight-through || exit 1; done
 	$(BIN)/moebench evaluate --model dual-moe --set mixing=probabilities --attack fgsm,pgd-50
-	$(BIN)/moebench evaluate --model dual-moe --set mixing=probabilities --attack autoattack --view whole
+	$(BIN)/moebench evaluate --model dual-moe --set mixing=probabilities --attack autoattack,moe-adaptive --view whole
 	$(BIN)/moebench report --out reports
 
 clean:

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moebench.errors import UsageError
 from moebench.registry import Registry, attack_registry, decorator_for
@@ -109,6 +109,10 @@ class Attack(ABC):
         """The view that this stage needs, whatever the attack runs on; None for the attack's own."""
         return None
 
+    def unfit(self, model: nn.Module) -> str | None:
+        """Why this stage would add nothing on a model; None where it has something to do."""
+        return None
+
     def targets(self, logits: Tensor, y: Tensor) -> Tensor | None:
         """Target classes per sample in the order they are tried, (B, T); None for an untargeted attack.
 
@@ -139,11 +143,16 @@ class Attack(ABC):
         return asdict(self)
 
 
+Fit = Callable[[tuple[Attack, ...], nn.Module], tuple[Attack, ...]]
+"""The stages for a model, made from those of the plan."""
+
+
 @dataclass(frozen=True)
 class AttackPlan:
     """A registered attack: the programs that run one after the other on the samples still standing.
 
-    `views` is None for an attack that runs on the views the user asks for, or the only views it is defined on.
+    `views` is None for an attack that runs on the views the user asks for, or the only views it is defined on. `fit`
+    gives the stages for a model where they depend on it, and `skipped` says by stage what was left out, and why.
     """
 
     name: str
@@ -152,9 +161,27 @@ class AttackPlan:
     views: tuple[str, ...] | None = None
     paper: PaperCard | None = None
     min_classes: int = 2
+    fit: Fit | None = None
+    skipped: Mapping[str, str] = field(default_factory=dict)
+
+    def fitted(self, model: nn.Module) -> AttackPlan:
+        """The plan as it runs on a model, without the stages that have nothing to do there.
+
+        Raises:
+            UsageError: no stage is left.
+        """
+        stages = self.stages if self.fit is None else self.fit(self.stages, model)
+        reasons = {stage.stage: stage.unfit(model) for stage in stages}
+        skipped = {name: why for name, why in reasons.items() if why is not None}
+        kept = tuple(stage for stage in stages if stage.stage not in skipped)
+        if not kept:
+            raise UsageError(f"attack {self.name!r} has nothing to do on this model: {next(iter(skipped.values()))}")
+        return replace(self, stages=kept, fit=None, skipped=skipped)
 
     def parameters(self) -> dict[str, Any]:
-        return {stage.stage: stage.parameters() for stage in self.stages}
+        """Every setting by stage; of a stage that was left out, the reason."""
+        run: dict[str, Any] = {stage.stage: stage.parameters() for stage in self.stages}
+        return run | {name: {"skipped": why} for name, why in self.skipped.items()}
 
 
 @dataclass(frozen=True)
@@ -168,6 +195,7 @@ class AttackEntry:
     views: tuple[str, ...] | None = None
     paper: PaperCard | None = None
     min_classes: int = 2
+    fit: Fit | None = None
 
     def plan(self, **settings: Any) -> AttackPlan:
         """The attack with all its settings bound.
@@ -182,7 +210,7 @@ class AttackEntry:
                     f"attack {self.name!r} has no setting {key!r}; it has {', '.join(sorted(known)) or 'none'}"
                 )
         stages = self.build(**{**self.settings, **settings})
-        return AttackPlan(self.name, self.summary, stages, self.views, self.paper, self.min_classes)
+        return AttackPlan(self.name, self.summary, stages, self.views, self.paper, self.min_classes, self.fit)
 
 
 ATTACKS: Registry[AttackEntry] = attack_registry()

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from itertools import combinations, product
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from moebench.attacks._regions import list_regions
 from moebench.errors import UsageError
 from moebench.models._moe import (
     MoELayer,
@@ -27,6 +27,7 @@ from moebench.models._moe import (
     route,
     routed_by,
     smooth_forward,
+    soft_route,
 )
 from moebench.schema import EXPERT_VIEW, check_view_name
 
@@ -87,7 +88,9 @@ class FunctionView(View):
 class RouterView(View):
     """The attacked image steers the (soft) routing, the experts see the clean image: gives RA-R.
 
-    Soft routing stands in for top-k, whose selection has no gradient.
+    Soft routing stands in for top-k, whose selection has no gradient. A layer behind another one weighs the features
+    that the attacked image has there under hard routing, and its weights have a gradient through the layers before it;
+    its experts see the clean image as the (attacked, soft) weights of the layers before it mix it.
     """
 
     @override
@@ -100,7 +103,7 @@ class RouterView(View):
 
     @override
     def logits(self, x: Tensor, index: Tensor) -> Tensor:
-        tape = route(self.model, x, soft=True)
+        tape = soft_route(self.model, x)
         if self._outputs is None:
             return replay(self.model, self._clean[index], tape)
         assert isinstance(self.model, RoutedModel)
@@ -121,21 +124,31 @@ class ExpertsView(View):
         return replay(self.model, x, dict(tape))
 
 
+class JointView(View):
+    """Three models in one, for attacks that weigh them: what the router view, the experts view and the whole show."""
+
+    @override
+    def prepare(self, x: Tensor) -> None:
+        self._parts = [RouterView("router", self.model), ExpertsView("experts", self.model)]
+        for part in self._parts:
+            part.prepare(x)
+
+    @override
+    def logits(self, x: Tensor, index: Tensor) -> Tensor:
+        """(R, 3, K): logits of `router`, `experts` and `whole`."""
+        return torch.stack([*(part.logits(x, index) for part in self._parts), self.model(x)], dim=1)
+
+
 class RegionView(View):
     """The model with the expert sets of one region forced, and how far the router is from selecting them.
 
-    A region is a choice of top-k experts in every MoE layer. A target is region · K + class.
+    A region is a choice of top-k experts in every MoE layer, see `list_regions`; a number counts in the list of the
+    sample. A target is region · K + class.
     """
 
+    @override
     def prepare(self, x: Tensor) -> None:
-        layers = moe_layers(self.model)
-        choices = [list(combinations(range(len(layer.experts)), layer.top_k)) for layer in layers.values()]
-        regions = list(product(*choices))
-        self._masks = {
-            name: torch.stack([_mask(region[place], len(layer.experts)) for region in regions]).to(x.device)
-            for place, (name, layer) in enumerate(layers.items())
-        }
-        self._regions = len(regions)
+        self._regions = list_regions(self.model, x)
         with torch.no_grad():
             self._classes = int(self.model(x[:1]).shape[1])
 
@@ -143,7 +156,7 @@ class RegionView(View):
     def logits(self, x: Tensor, index: Tensor) -> Tensor:
         """All regions at once, (R, regions, K + 1)."""
         zeros = torch.zeros(len(x), dtype=torch.int64, device=x.device)
-        return torch.stack([self._forced(x, zeros + region) for region in range(self._regions)], dim=1)
+        return torch.stack([self._forced(x, index, zeros + region) for region in range(self._regions.count)], dim=1)
 
     @override
     def aimed(self, x: Tensor, index: Tensor, target: Tensor) -> Tensor:
@@ -152,14 +165,15 @@ class RegionView(View):
         The margin is that of the weakest selected over the strongest unselected expert, as a share of the spread of the
         router's logits; positive where the router selects the region, and the smallest over the layers.
         """
-        return self._forced(x, target // self._classes)
+        return self._forced(x, index, target // self._classes)
 
-    def _forced(self, x: Tensor, region: Tensor) -> Tensor:
+    def _forced(self, x: Tensor, index: Tensor, region: Tensor) -> Tensor:
         margins: list[Tensor] = []
 
         def policy(name: str) -> Policy:
+            selected = self._regions.selected(name, index, region)
+
             def forced(layer: MoELayer, features: Tensor) -> Routing:
-                selected = self._masks[name][region]
                 probs = layer.probabilities(features)
                 margins.append(_margin(probs, selected))
                 kept = probs * selected
@@ -168,15 +182,9 @@ class RegionView(View):
 
             return forced
 
-        with routed_by(self.model, {name: policy(name) for name in self._masks}):
+        with routed_by(self.model, {name: policy(name) for name in self._regions.masks}):
             logits = self.model(x)
         return torch.cat((logits, torch.stack(margins).amin(dim=0).unsqueeze(1)), dim=1)
-
-
-def _mask(experts: tuple[int, ...], count: int) -> Tensor:
-    mask = torch.zeros(count, dtype=torch.bool)
-    mask[list(experts)] = True
-    return mask
 
 
 def _margin(probs: Tensor, selected: Tensor) -> Tensor:
@@ -222,8 +230,9 @@ def make_view(name: str, model: nn.Module) -> View:
     Raises:
         UsageError: no such view, or this model does not have it.
     """
-    if name == "region":
-        return RegionView(name, model)
+    own = {"region": RegionView, "joint": JointView}.get(name)
+    if own is not None:
+        return own(name, model)
     check_view(name, model)
     if name == "whole":
         return WholeView(name, model)

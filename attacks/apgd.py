@@ -216,6 +216,13 @@ def _project(x_adv: Tensor, x: Tensor, threat: ThreatModel) -> Tensor:
 
 
 @register_attack("apgd-ce", summary="Auto-PGD on the cross-entropy, 100 steps", paper=CROCE_2020)
+@register_attack("smooth-apgd-ce", summary="apgd-ce on soft routing", views=("smooth",), paper=CROCE_2020)
+@register_attack(
+    "straight-through-apgd-ce",
+    summary="apgd-ce on straight-through routing",
+    views=("straight-through",),
+    paper=CROCE_2020,
+)
 def apgd_ce(*, steps: int = 100) -> tuple[Attack, ...]:
     """Auto-PGD on the cross-entropy."""
     return (APGD(loss="ce", steps=steps),)
@@ -224,6 +231,16 @@ def apgd_ce(*, steps: int = 100) -> tuple[Attack, ...]:
 @register_attack(
     "apgd-dlr", summary="Auto-PGD on the difference of logits ratio, 100 steps", min_classes=3, paper=CROCE_2020
 )
+@register_attack(
+    "smooth-apgd-dlr", summary="apgd-dlr on soft routing", views=("smooth",), min_classes=3, paper=CROCE_2020
+)
+@register_attack(
+    "straight-through-apgd-dlr",
+    summary="apgd-dlr on straight-through routing",
+    views=("straight-through",),
+    min_classes=3,
+    paper=CROCE_2020,
+)
 def apgd_dlr(*, steps: int = 100) -> tuple[Attack, ...]:
     """Auto-PGD on the difference of logits ratio."""
     return (APGD(loss="dlr", steps=steps),)
@@ -231,6 +248,14 @@ def apgd_dlr(*, steps: int = 100) -> tuple[Attack, ...]:
 
 @register_attack(
     "apgd-t", summary="Auto-PGD on the targeted DLR, 9 targets, 100 steps", min_classes=4, paper=CROCE_2020
+)
+@register_attack("smooth-apgd-t", summary="apgd-t on soft routing", views=("smooth",), min_classes=4, paper=CROCE_2020)
+@register_attack(
+    "straight-through-apgd-t",
+    summary="apgd-t on straight-through routing",
+    views=("straight-through",),
+    min_classes=4,
+    paper=CROCE_2020,
 )
 def apgd_t(*, steps: int = 100, target_classes: int = 9) -> tuple[Attack, ...]:
     """Targeted Auto-PGD over the most likely wrong classes."""

@@ -188,6 +188,13 @@ def _size(v: Tensor, norm: Norm) -> Tensor:
 
 
 @register_attack("fab-t", summary="targeted FAB, 9 targets, 100 steps", paper=CROCE_2020_FAB)
+@register_attack("smooth-fab-t", summary="fab-t on soft routing", views=("smooth",), paper=CROCE_2020_FAB)
+@register_attack(
+    "straight-through-fab-t",
+    summary="fab-t on straight-through routing",
+    views=("straight-through",),
+    paper=CROCE_2020_FAB,
+)
 def fab_t(*, steps: int = 100, target_classes: int = 9) -> tuple[Attack, ...]:
     """Targeted FAB over the most likely wrong classes."""
     return (FAB(steps=steps, target_classes=target_classes),)

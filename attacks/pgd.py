@@ -115,6 +115,13 @@ class PGD(Attack):
 
 
 @register_attack("fgsm", summary="one step of size eps from the clean image", paper=GOODFELLOW_2015)
+@register_attack("smooth-fgsm", summary="fgsm on soft routing", views=("smooth",), paper=GOODFELLOW_2015)
+@register_attack(
+    "straight-through-fgsm",
+    summary="fgsm on straight-through routing",
+    views=("straight-through",),
+    paper=GOODFELLOW_2015,
+)
 def fgsm() -> tuple[Attack, ...]:
     """FGSM: PGD with one step of length eps and no random start."""
     return (PGD(steps=1, step_fraction=1.0, random_start=False),)
@@ -124,10 +131,37 @@ def fgsm() -> tuple[Attack, ...]:
 @register_attack("pgd-20", summary="PGD, 20 steps of eps/4, random start", settings={"steps": 20}, paper=MADRY_2018)
 @register_attack("pgd-50", summary="PGD, 50 steps of eps/4, random start", settings={"steps": 50}, paper=MADRY_2018)
 @register_attack(
+    "smooth-pgd-10", summary="pgd-10 on soft routing", settings={"steps": 10}, views=("smooth",), paper=MADRY_2018
+)
+@register_attack(
+    "smooth-pgd-20", summary="pgd-20 on soft routing", settings={"steps": 20}, views=("smooth",), paper=MADRY_2018
+)
+@register_attack(
     "smooth-pgd-50",
     summary="pgd-50 on the model with dense soft routing, judged on the hard model",
     settings={"steps": 50},
     views=("smooth",),
+    paper=MADRY_2018,
+)
+@register_attack(
+    "straight-through-pgd-10",
+    summary="pgd-10 on straight-through routing",
+    settings={"steps": 10},
+    views=("straight-through",),
+    paper=MADRY_2018,
+)
+@register_attack(
+    "straight-through-pgd-20",
+    summary="pgd-20 on straight-through routing",
+    settings={"steps": 20},
+    views=("straight-through",),
+    paper=MADRY_2018,
+)
+@register_attack(
+    "straight-through-pgd-50",
+    summary="pgd-50 on straight-through routing",
+    settings={"steps": 50},
+    views=("straight-through",),
     paper=MADRY_2018,
 )
 def pgd(*, steps: int = 50, step_fraction: float = 0.25) -> tuple[Attack, ...]:

@@ -11,14 +11,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import override
 
 from moebench.attacks._base import Attack, Loss, Rows, register_attack
 from moebench.attacks._losses import dlr_towards
 from moebench.attacks.apgd import APGD
-from moebench.attacks.fab import FAB
-from moebench.attacks.square import Square
+from moebench.models._moe import mixes_all
 
 INSIDE = 0.05
 """Router margin, as a share of the spread of the router's logits, beyond which nothing more is asked of the router."""
@@ -49,6 +48,10 @@ class Region(APGD):
     @override
     def view(self) -> str:
         return "region"
+
+    @override
+    def unfit(self, model: nn.Module) -> str | None:
+        return "every expert always runs, so the router has one region only" if mixes_all(model) else None
 
     @override
     def targets(self, logits: Tensor, y: Tensor) -> Tensor | None:
@@ -105,23 +108,6 @@ class RouteFlip(Region):
         return -logits[:, -1]
 
 
-@dataclass(frozen=True)
-class APGDOnView(APGD):
-    """Auto-PGD on a view of its own, whatever view the attack runs on."""
-
-    on: str = "smooth"
-
-    @property
-    @override
-    def stage(self) -> str:
-        return f"{super().stage} on {self.on}"
-
-    @property
-    @override
-    def view(self) -> str:
-        return self.on
-
-
 @register_attack(
     "region",
     summary="Auto-PGD over the regions of a hard router and the wrong classes",
@@ -137,22 +123,3 @@ def region(*, pairs: int = 36, steps: int = 100, router_weight: float = 1.0) -> 
 def route_flip(*, steps: int = 100) -> tuple[Attack, ...]:
     """Change the route only."""
     return (RouteFlip(steps=steps),)
-
-
-@register_attack(
-    "moe-adaptive",
-    summary="AutoAttack, the region attack, and Auto-PGD through soft and straight-through routing",
-    views=("whole",),
-    min_classes=4,
-)
-def moe_adaptive(*, pairs: int = 36) -> tuple[Attack, ...]:
-    """The union of AutoAttack with the attacks on routing; the strong and cheap stages come first."""
-    return (
-        APGD(loss="ce"),
-        Region(pairs=pairs),
-        APGDOnView(loss="ce", on="smooth"),
-        APGDOnView(loss="dlr-targeted", on="straight-through", target_classes=3),
-        APGD(loss="dlr-targeted", target_classes=9),
-        FAB(target_classes=9),
-        Square(),
-    )

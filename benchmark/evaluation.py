@@ -175,7 +175,8 @@ def plan_cells(
 ) -> tuple[tuple[AttackPlan, CellSpec], ...]:
     """Every (attack, view) that the command asks for, with its fingerprint."""
     cells = []
-    for plan in plans:
+    for wanted in plans:
+        plan = wanted.fitted(loaded.module)
         for view in _views_of(plan, spec, loaded):
             check_view(view, loaded.module)
             if spec.engine == "reference":

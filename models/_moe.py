@@ -161,7 +161,8 @@ class RoutedModel(nn.Module):
 
         Args:
             x: images in [0, 1].
-            soft: record the softmax over all experts instead of the top-k selection.
+            soft: record the softmax over all experts instead of the top-k selection. The images pass through the
+                model by its own routing all the same, see `record`.
         """
         return record(self, x, soft=soft)
 
@@ -179,6 +180,12 @@ def moe_layers(model: nn.Module) -> dict[str, MoELayer]:
     return {name: module for name, module in model.named_modules() if isinstance(module, MoELayer)}
 
 
+def mixes_all(model: nn.Module) -> bool:
+    """Whether a model has MoE layers and all of them mix all their experts (soft gates): nothing is ever selected."""
+    layers = moe_layers(model).values()
+    return bool(layers) and all(layer.top_k == len(layer.experts) for layer in layers)
+
+
 @contextmanager
 def routed_by(model: nn.Module, policies: Mapping[str, Policy]) -> Iterator[None]:
     """Installs routing policies in the named layers and takes them out again, whatever happens."""
@@ -193,14 +200,26 @@ def routed_by(model: nn.Module, policies: Mapping[str, Policy]) -> Iterator[None
             layers[name].policy = policy_before
 
 
-def record(model: nn.Module, x: Tensor, *, soft: bool = False) -> Tape:
-    """Runs the model on x and keeps the routing of each layer, with its gradient to x."""
+def record(model: nn.Module, x: Tensor, *, soft: bool = False, straight_through: bool = False) -> Tape:
+    """Runs the model on x and keeps the routing of each layer, with its gradient to x.
+
+    However the weights are written down, the images pass through the model by its own (hard) routing, so that what a
+    layer behind another one sees, and with it its entropy and load, is what it sees when the model predicts.
+
+    Args:
+        model: any model; a dense one gives an empty tape.
+        x: images in [0, 1], (B, C, H, W).
+        soft: keep the softmax over all experts instead of the top-k selection.
+        straight_through: give the way through each layer the gradient of soft routing (the values stay those of hard
+            routing), so that later layers' weights have a gradient to the routing before them. Runs every expert.
+    """
     tape: Tape = {}
 
     def recorder(name: str) -> Policy:
         def policy(layer: MoELayer, features: Tensor) -> Routing:
-            tape[name] = layer.soft_routing(features) if soft else layer.own_routing(features)
-            return tape[name]
+            own = layer.own_routing(features)
+            tape[name] = layer.soft_routing(features) if soft else own
+            return layer.straight_through_routing(features) if straight_through else own
 
         return policy
 
@@ -225,6 +244,17 @@ def route(model: nn.Module, x: Tensor, *, soft: bool = False) -> Tape:
     return model.route(x, soft=soft) if isinstance(model, RoutedModel) else record(model, x, soft=soft)
 
 
+def soft_route(model: nn.Module, x: Tensor) -> Tape:
+    """Soft weights of every layer with a gradient to x through all routing before them.
+
+    Where several layers lie behind each other, each weighs the features that hard routing really gives it, and the
+    gradient passes the layers before it straight through.
+    """
+    if isinstance(model, RoutedModel) and type(model).route is not RoutedModel.route:
+        return model.route(x, soft=True)
+    return record(model, x, soft=True, straight_through=True)
+
+
 def split_forward(model: nn.Module, x_router: Tensor, x_expert: Tensor, *, soft: bool = False) -> Tensor:
     """Logits when one input steers the routing and another passes through the experts.
 
@@ -232,10 +262,10 @@ def split_forward(model: nn.Module, x_router: Tensor, x_expert: Tensor, *, soft:
         model: a model with MoE layers.
         x_router: images that decide the routing, (B, C, H, W).
         x_expert: images that the experts see, (B, C, H, W).
-        soft: route by the softmax over all experts, so that the routing has a gradient.
+        soft: mix by the softmax over all experts (see `soft_route`), so that the routing has a gradient.
     Returns: logits (B, K), differentiable with respect to both inputs.
     """
-    return replay(model, x_expert, route(model, x_router, soft=soft))
+    return replay(model, x_expert, soft_route(model, x_router) if soft else route(model, x_router))
 
 
 def smooth_forward(model: nn.Module, x: Tensor, *, straight_through: bool = False) -> Tensor:

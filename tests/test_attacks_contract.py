@@ -124,7 +124,7 @@ def test_another_seed_gives_other_images_where_an_attack_is_random(name: str, no
     _, one = run(name, view, norm, samples, seed=0)
     _, two = run(name, view, norm, samples, seed=1)
     moved = bool((one.x_adv != two.x_adv).any())
-    assert moved == (name not in {"fgsm", "fab-t"})
+    assert moved == (not name.endswith(("fgsm", "fab-t")))
 
 
 @pytest.mark.parametrize("norm", NORMS)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 from typing import Any
@@ -20,6 +20,7 @@ from moebench.attacks._random import sample_keys
 from moebench.attacks._views import View, make_view
 from moebench.datasets import load_dataset
 from moebench.models._moe import MoELayer, RoutedModel
+from moebench.models.rt_er import ClassifierMoE, DualModel
 from moebench.schema import Norm, ThreatModel
 
 EPS: dict[Norm, float] = {"Linf": 0.1, "L2": 0.5}
@@ -122,6 +123,30 @@ class TinyMoE(RoutedModel):
         return logits
 
 
+class DeepMoE(nn.Module):
+    """A convolutional network with two MoE layers, the second behind the first; no shortcuts, no RoutedModel."""
+
+    def __init__(self, top_k: int = 1, experts: int = 2) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(1, 6, 3, padding=1)
+        self.first = self._layer(6, 8, 64, top_k, experts)
+        self.second = self._layer(8, 8, 16, top_k, experts)
+        self.fc = nn.Linear(8 * 4, 10)
+
+    @staticmethod
+    def _layer(channels: int, out: int, pixels: int, top_k: int, experts: int) -> MoELayer:
+        return MoELayer(
+            [nn.Conv2d(channels, out, 3, stride=2, padding=1) for _ in range(experts)],
+            nn.Sequential(nn.Flatten(), nn.Linear(channels * pixels, experts)),
+            top_k=top_k,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.second(F.relu(self.first(F.relu(self.stem(x))))))
+        logits: Tensor = self.fc(out.flatten(1))
+        return logits
+
+
 class InDouble(nn.Module):
     """A model that computes in float64, so that its logits do not depend on how a batch of convolutions is split."""
 
@@ -132,6 +157,17 @@ class InDouble(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         logits: Tensor = self.model(x.double())
         return logits.float()
+
+
+def soft_moe() -> ClassifierMoE:
+    """Two whole classifiers under a soft gate."""
+    return ClassifierMoE(10, (1, 8, 8), experts=2, top_k=2, router="trained")
+
+
+def dual_moe() -> DualModel:
+    """A dual model of two top-1 MoEs of two classifiers, mixed in the probabilities."""
+    halves = [ClassifierMoE(10, (1, 8, 8), experts=2, top_k=1, router="trained") for _ in range(2)]
+    return DualModel(halves[0], halves[1], 0.7, "probabilities")
 
 
 def fit(model: nn.Module, epochs: int = 6) -> nn.Module:
@@ -158,20 +194,25 @@ def frozen(model: nn.Module) -> nn.Module:
 
 
 @lru_cache
-def _trained(kind: type[nn.Module]) -> nn.Module:
+def _trained(make: Callable[[], nn.Module], epochs: int = 6) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return fit(kind())
+        return fit(make(), epochs)
+
+
+def trained(make: Callable[[], nn.Module], epochs: int = 6) -> nn.Module:
+    """What `make` makes, trained on the digits from a fixed seed; each caller gets its own copy."""
+    return copy.deepcopy(_trained(make, epochs))
 
 
 def trained_conv() -> nn.Module:
     """A `TinyConv` that knows the digits; each caller gets its own copy."""
-    return copy.deepcopy(_trained(TinyConv))
+    return trained(TinyConv)
 
 
 def trained_moe() -> nn.Module:
     """A `TinyMoE` that knows the digits; each caller gets its own copy."""
-    return copy.deepcopy(_trained(TinyMoE))
+    return trained(TinyMoE)
 
 
 def digits(n: int) -> Samples:
@@ -284,7 +325,7 @@ def attack(
     return out
 
 
-SMALL = {"steps": 4, "queries": 25, "target_classes": 3}
+SMALL = {"steps": 4, "queries": 25, "target_classes": 3, "pairs": 6}
 """A budget under which every attack still goes through all its motions."""
 
 
@@ -296,7 +337,11 @@ def distinct_attacks() -> list[str]:
 
 def reduced(name: str, **budget: int) -> AttackPlan:
     """A registered attack with every stage's budget cut."""
-    plan = load_attack(name)
+    return cut(load_attack(name), **budget)
+
+
+def cut(plan: AttackPlan, **budget: int) -> AttackPlan:
+    """A plan with every stage's budget cut."""
     budget = budget or SMALL
     stages = tuple(replace(stage, **_known(type(stage), **budget)) for stage in plan.stages)
     return replace(plan, stages=stages)

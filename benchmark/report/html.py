@@ -59,6 +59,7 @@ def environment() -> Environment:
         sortable=text.sortable,
         quantity=text.quantity,
         seconds=text.seconds,
+        p_value=text.p_value,
         flatten=flatten,
         plain=plain,
         public=public,

@@ -9,8 +9,9 @@ from typing import NamedTuple
 
 from moebench.metrics import Measure
 from moebench.report.claims import claim_range, same_name
+from moebench.report.missed import Missed
 from moebench.report.tables import COMPONENTS, RANKING_ATTACK, Board, Cell, Report, Row
-from moebench.report.text import digest, fold, percent
+from moebench.report.text import digest, fold, p_value, percent
 from moebench.schema import Claim
 
 MAX_NAME = 48
@@ -128,6 +129,9 @@ def render(report: Report) -> dict[str, str]:
     for board in sorted((board for board in report.boards if board.rows), key=_prominence):
         stem = f"leaderboard-{fold(board.protocol.dataset)}-{board.protocol.threat.norm}"
         files[_free(files, stem, board.anchor)] = leaderboard(board)
+        if board.missed:
+            stem = f"missed-{fold(board.protocol.dataset)}-{board.protocol.threat.norm}"
+            files[_free(files, stem, board.anchor)] = missed(board)
     for dataset in sorted({claim.dataset for claim in report.claims if claim.registry_name}):
         about = [claim for claim in report.claims if claim.dataset == dataset and claim.registry_name]
         table = claims(dataset, about, report)
@@ -222,6 +226,29 @@ def _number(cell: Cell, best: bool) -> str:
 def _interval(found: Measure) -> str:
     down, up = found.value - found.low, found.high - found.value
     return rf"${percent(found.value, found.n)}_{{-{percent(down, found.n)}}}^{{+{percent(up, found.n)}}}$"
+
+
+def missed(board: Board) -> str:
+    """RA under AutoAttack and under moe-adaptive on the same samples, one row per MoE."""
+    protocol = board.protocol
+    about = [
+        f"What AutoAttack misses: {protocol.dataset}, {protocol.split}, n = {protocol.n}, {protocol.threat}, "
+        f"protocol {protocol.version}; data sha256 {protocol.data_sha256}.",
+        "RA in percent with the 95 % Wilson interval; difference in points; missed: samples that only moe-adaptive "
+        "breaks; only AA: samples that only AutoAttack breaks; p: exact McNemar test on these two counts.",
+        *(f"A dash: {one.label}: {one.why}." for one in board.missed if one.paired is None),
+    ]
+    head = " & ".join(["Model", "RA (AA)", "RA (moe-adaptive)", "Difference", "Missed", "Only AA", "$p$"])
+    return _file(about, "lrrrrrr", head, _with_rule([_missed(one) for one in board.missed], len(board.missed)))
+
+
+def _missed(one: Missed) -> str:
+    numbers = ["---" if found is None else _interval(found) for found in (one.standard, one.adaptive)]
+    compared = ["---"] * 4
+    if one.paired is not None and one.points is not None:
+        p = escape(p_value(one.paired.p))
+        compared = [f"${one.points:+.1f}$", str(one.paired.only_second), str(one.paired.only_first), p]
+    return " & ".join([escape(shorten(one.label)), *numbers, *compared])
 
 
 def claims(dataset: str, about: Sequence[Claim], report: Report) -> str | None:

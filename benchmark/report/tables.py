@@ -19,6 +19,7 @@ from moebench.report.evidence import (
     newest,
     result_key,
 )
+from moebench.report.missed import Missed, missed
 from moebench.report.text import digest, percent, slug
 from moebench.schema import OVERSTATED_RA, CheckpointRecord, Claim, ModelRecord, ProtocolRecord, StoredResult, StoredRun
 
@@ -87,6 +88,7 @@ class Board:
     ranked: tuple[Row, ...]
     unranked: tuple[Row, ...]
     left_out: int
+    missed: tuple[Missed, ...] = ()
 
     @property
     def rows(self) -> tuple[Row, ...]:
@@ -96,13 +98,17 @@ class Board:
 
 @dataclass(frozen=True)
 class ResultRow:
-    """A finished cell on a model's page; `number` is that of the command which made it."""
+    """A finished cell on a model's page; `number` is that of the command which made it.
+
+    `skipped` names the stages that have nothing to do on this model, with the reasons.
+    """
 
     stored: StoredResult
     measure: Measure | None
     number: int
     listed: bool
     stages: tuple[tuple[str, int], ...]
+    skipped: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -163,6 +169,11 @@ def _board(group: Sequence[Evidence], claims: Sequence[Claim], runs: Sequence[St
         ranked=tuple(replace(row, rank=_rank(row, ranked)) for row in ranked),
         unranked=tuple(row for row in rows if row.unranked is not None),
         left_out=len(group) - len(kept),
+        missed=tuple(
+            found
+            for row in rows
+            if (found := missed(row.label, row.page, checkpoints[row.model.name, row.checkpoint.sha256])) is not None
+        ),
     )
 
 
@@ -330,6 +341,11 @@ def _result_row(one: Evidence, commands: Sequence[str]) -> ResultRow:
         number=1 + commands.index(one.stored.command),
         listed=eligible(one.stored),
         stages=tuple((stage, broke.get(stage, 0)) for stage in order),
+        skipped=tuple(
+            (stage, plain(settings["skipped"]))
+            for stage, settings in sorted(one.stored.cell.parameters.items())
+            if isinstance(settings, Mapping) and "skipped" in settings
+        ),
     )
 
 

@@ -23,6 +23,11 @@ def decimal(value: float) -> str:
     return f"{value:.3f}" if math.isfinite(value) else "—"
 
 
+def p_value(value: float) -> str:
+    """A probability with three decimals; "< 0.001" below that."""
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
 def sortable(value: int | float | None) -> str:
     """A number as the sorting script reads it; empty where there is none."""
     return "" if value is None or not math.isfinite(value) else repr(value)
