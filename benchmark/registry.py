@@ -103,9 +103,10 @@ class Registry(Generic[T]):
         Raises:
             UsageError: nothing has that name; close matches are offered.
         """
+        declaration, family = self._everything().get(name), self._family(name)
+        if declaration is not None and declaration.pattern is not None:
+            raise UsageError(self.unknown(name))
         if name not in self._members:
-            declaration = self._declarations().get(name)
-            family = self._family(name)
             if declaration is None and family is not None:
                 return self._of_family(family, name)
             if declaration is None:
@@ -149,7 +150,7 @@ class Registry(Generic[T]):
         for family in self.families():
             # "pgd-" of "pgd-N": what is written as it stands.
             if name.startswith(family.name.rstrip(ascii_uppercase)):
-                hint = f"{family.name} takes {family.facts.get('takes', f'names like {family.pattern}')}; "
+                hint += f"{family.name} takes {family.facts.get('takes', f'names like {family.pattern}')}; "
         return f"unknown {self.kind} {name!r}; {hint}`moebench list {self.kind.replace(' ', '')}s` shows all"
 
     def _origin(self, name: str) -> str:
