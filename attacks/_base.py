@@ -8,6 +8,7 @@ random key, a row's trajectory does not depend on its neighbours.
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -186,7 +187,11 @@ class AttackPlan:
 
 @dataclass(frozen=True)
 class AttackEntry:
-    """What the decorator registers: builds the plan; keyword arguments of `settings` can be overridden."""
+    """What the decorator registers: builds the plan; keyword arguments of `settings` can be overridden.
+
+    `pattern` makes it a family of attacks (see `Registry`): its named groups are settings that stand in the name, and
+    `takes` says in words what they can be.
+    """
 
     name: str
     summary: str
@@ -196,6 +201,15 @@ class AttackEntry:
     paper: PaperCard | None = None
     min_classes: int = 2
     fit: Fit | None = None
+    pattern: str | None = None
+    takes: str = ""
+
+    def named(self, name: str) -> AttackEntry:
+        """The attack of that name, which matches the family's pattern; whole numbers in it become integers."""
+        match = re.fullmatch(self.pattern or "", name)
+        assert match is not None
+        found = {key: int(text) if text.isdigit() else text for key, text in match.groupdict().items()}
+        return replace(self, name=name, settings={**self.settings, **found}, pattern=None)
 
     def plan(self, **settings: Any) -> AttackPlan:
         """The attack with all its settings bound.

@@ -185,6 +185,11 @@ class Engine(Oracle):
         self.propose(x, rows, out)
         return out, value, gradient
 
+    def rows_of(self, index: Tensor) -> Rows:
+        """Rows of samples (m,) that aim at nothing and draw nothing."""
+        none = torch.full_like(index, -1)
+        return Rows(index, self.samples.x[index], self.samples.y[index], none, none, none)
+
     def _see(self, x: Tensor, rows: Rows) -> Tensor:
         return self.view.aimed(x, rows.index, rows.target)
 
@@ -249,8 +254,7 @@ class Engine(Oracle):
             return None
         found = []
         for part in batches(index, self.batch_size):
-            none = torch.full_like(part, -1)
-            rows = Rows(part, self.samples.x[part], self.samples.y[part], none, none, none)
+            rows = self.rows_of(part)
             logits = self.passes.logits(lambda x, rows: self.view.logits(x, rows.index), rows.x, rows)
             targets = attack.targets(logits, rows.y)
             assert targets is not None

@@ -164,6 +164,21 @@ def fgsm() -> tuple[Attack, ...]:
     views=("straight-through",),
     paper=MADRY_2018,
 )
+@register_attack(
+    "pgd-N",
+    summary="PGD, N steps of eps/4, random start",
+    pattern=r"pgd-(?P<steps>[1-9][0-9]{0,3})",
+    takes="a whole number of steps from 1 to 9999",
+    paper=MADRY_2018,
+)
+@register_attack(
+    "smooth-pgd-N",
+    summary="pgd-N on the model with dense soft routing, judged on the hard model",
+    pattern=r"smooth-pgd-(?P<steps>[1-9][0-9]{0,3})",
+    takes="a whole number of steps from 1 to 9999",
+    views=("smooth",),
+    paper=MADRY_2018,
+)
 def pgd(*, steps: int = 50, step_fraction: float = 0.25) -> tuple[Attack, ...]:
     """PGD on the cross-entropy."""
     return (PGD(steps=steps, step_fraction=step_fraction),)

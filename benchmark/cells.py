@@ -12,16 +12,17 @@ from torch import Tensor, nn
 
 from moebench.attacks._base import Attack, AttackPlan
 from moebench.attacks._engine import Engine, Finished, Samples
-from moebench.attacks._passes import Expectation
+from moebench.attacks._passes import Expectation, batches
 from moebench.attacks._reference import run_reference
 from moebench.attacks._views import make_view
 from moebench.metrics import wilson
 from moebench.routing import RoutingProbe
-from moebench.schema import CellSpec, Chunk, Precision, ResultRecord, ThreatModel
+from moebench.schema import WARM_START, CellSpec, Chunk, Precision, ResultRecord, ThreatModel
 from moebench.store import Store
 from moebench.threat import distances
 
 Tell = Callable[[str, int, int, int], None]
+Found = Callable[[], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,8 @@ class CellWork:
 
     `search` gives the logits of `model` faster; the attack runs on it, success is judged on `model`. `clean_pred`
     (N,) are the whole model's predictions; `draws` are the passes averaged for a model that is random; `tell(stage,
-    done, n, standing)` reports progress.
+    done, n, standing)` reports progress. `found` gives samples (m,) and adversarial images (m, C, H, W) that are known
+    from a smaller radius; they are judged before any attack.
     """
 
     plan: AttackPlan
@@ -43,6 +45,7 @@ class CellWork:
     batch_size: int
     tell: Tell
     draws: int = 1
+    found: Found | None = None
 
 
 @dataclass
@@ -75,6 +78,8 @@ def run_cell(work: CellWork, store: Store | None, run_id: str, *, resume: bool) 
     runner = _CellRunner(work, store, run_id, resume)
     if not runner.has("clean"):
         runner.commit_clean()
+    if work.found is not None and not runner.has(WARM_START):
+        runner.take_over(*work.found())
     for stage, search in searches(work.plan, work.cell.precision):
         runner.run_stage(stage, search)
     return runner.finish()
@@ -139,6 +144,21 @@ class _CellRunner:
         finished = Finished(everything, wrong, self.work.clean_pred, self.work.samples.x, zeros + 1, zeros, 0.0)
         self.engine.broken |= wrong
         self._keep("clean", finished)
+
+    def take_over(self, index: Tensor, x_adv: Tensor) -> None:
+        """Judges images from a smaller radius; those that hold here too spare their samples the attack."""
+        if len(index) == 0:
+            return
+        begin = time.perf_counter()
+        parts = zip(batches(index, self.work.batch_size), batches(x_adv, self.work.batch_size), strict=True)
+        judged = [self.engine.judge(images, self.engine.rows_of(at)) for at, images in parts]
+        success, prediction = (torch.cat(found) for found in zip(*judged, strict=True))
+        zeros = torch.zeros_like(index)
+        prediction = torch.where(success, prediction, self.work.samples.y[index])
+        seconds = time.perf_counter() - begin
+        self._keep(WARM_START, Finished(index, success, prediction, x_adv, zeros + 1, zeros, seconds))
+        self.engine.broken |= self.outcome.broken
+        self.work.tell(WARM_START, len(index), len(index), int((~self.outcome.broken).sum()))
 
     def run_stage(self, stage: Attack, search: torch.dtype | None) -> None:
         """Attacks the samples that stand and that this stage has not decided yet."""

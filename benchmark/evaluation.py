@@ -27,6 +27,7 @@ from moebench.loading import LoadedModel, load
 from moebench.provenance import environment, fingerprint
 from moebench.schema import (
     PROTOCOL_VERSION,
+    WARM_START,
     CellSpec,
     Norm,
     Precision,
@@ -37,6 +38,7 @@ from moebench.schema import (
 )
 from moebench.store import Store
 from moebench.summary import Summary, summarise
+from moebench.warm import WarmStarts
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,7 @@ def evaluate(spec: EvalSpec, listener: Listener | None = None) -> Summary:
     if spec.save_adv is not None:
         _check_writable(spec.save_adv)
     with Store.open(spec.db, write=True) as store:
-        return _run(prepared, store, listener)
+        return run(prepared, store, listener)
 
 
 def parse_attacks(names: Sequence[str]) -> list[AttackPlan]:
@@ -220,8 +222,8 @@ def _cell(plan: AttackPlan, view: str, spec: EvalSpec, loaded: LoadedModel, prot
     return CellSpec(fingerprint(facts), plan.name, parameters, view, spec.seed, spec.engine, spec.precision)
 
 
-def _run(prepared: Prepared, store: Store, listener: Listener | None) -> Summary:
-    """Runs or reuses every cell inside one stored run."""
+def run(prepared: Prepared, store: Store, listener: Listener | None, warm: WarmStarts | None = None) -> Summary:
+    """Runs or reuses every cell inside one stored run; `warm` knows what was found at smaller radii."""
     spec, begin = prepared.spec, time.perf_counter()
     run_id = uuid.uuid4().hex[:12]
     store.begin_run(
@@ -248,16 +250,22 @@ def _run(prepared: Prepared, store: Store, listener: Listener | None) -> Summary
         for number, (plan, cell) in enumerate(prepared.cells, start=1):
             stored = None if spec.fresh else store.reusable(cell.fingerprint)
             work = _work(prepared, plan, cell, number, listener)
+            if warm is not None:
+                work = warm.given(work)
             if stored is not None:
                 store.link_reused(run_id, stored.result_id)
                 records.append(stored.record)
                 reused += 1
+                if warm is not None:
+                    warm.note_stored(work, store.outcomes(stored.result_id))
                 if spec.save_adv is not None:
                     outcomes.append(run_cell(work, None, run_id, resume=False)[1])
                 continue
             record, outcome = run_cell(work, store, run_id, resume=not spec.fresh and spec.save_adv is None)
             records.append(record)
             outcomes.append(outcome)
+            if warm is not None:
+                warm.note(work, outcome)
         if spec.save_adv is not None:
             save_adversarial(spec.save_adv, prepared, outcomes)
         seconds = time.perf_counter() - begin
@@ -361,13 +369,21 @@ class PlannedCell:
 
 def plan_only(spec: EvalSpec) -> list[PlannedCell]:
     """What `evaluate` would do, without doing or writing anything."""
-    prepared = prepare(spec, parse_attacks(spec.attacks))
+    return planned_cells(prepare(spec, parse_attacks(spec.attacks)))
+
+
+def planned_cells(prepared: Prepared) -> list[PlannedCell]:
+    """The cells of a prepared evaluation, with what each can cost and whether it is stored."""
+    spec = prepared.spec
     correct = int((prepared.clean_pred == prepared.samples.y).sum())
     stored = _stored_fingerprints(spec) if not spec.fresh else set()
     planned = []
     for plan, cell in prepared.cells:
         budgets = [stage.budget() for stage, _ in searches(plan, spec.precision)]
         forwards, backwards = (spec.draws * sum(passes) for passes in zip(*budgets, strict=True))
+        forwards, backwards = (sum(passes) for passes in zip(*(stage.budget() for stage in plan.stages), strict=True))
+        # An image that is taken over is judged in one pass.
+        forwards += WARM_START in cell.parameters
         there = cell.fingerprint in stored
         planned.append(
             PlannedCell(plan.name, cell.view, len(prepared.samples), correct * forwards, correct * backwards, there)

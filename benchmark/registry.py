@@ -10,13 +10,15 @@ from __future__ import annotations
 import ast
 import difflib
 import importlib
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from string import ascii_uppercase
+from typing import Any, Generic, TypeVar, cast
 
 from moebench.errors import MoebenchError, UsageError
 
@@ -33,9 +35,18 @@ class Declaration:
     origin: str
     facts: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def pattern(self) -> str | None:
+        """The regular expression of the names that a whole family of members has, None for a single member."""
+        return self.facts.get("pattern")
+
 
 class Registry(Generic[T]):
     """Names of one kind of thing, found in the files of one package and in the entry points of one group.
+
+    A declaration with the keyword `pattern`, a regular expression, stands for a family of names ("pgd-N"): it is no
+    name itself, and its member makes the member of every name that matches, by a method `named(name)`. Names that are
+    declared one by one come first.
 
     Args:
         kind: what a member is called in messages, such as "model".
@@ -62,7 +73,7 @@ class Registry(Generic[T]):
             UsageError: the name is taken by a definition elsewhere.
         """
         taken = self._origins.get(name)
-        declared = self._declarations().get(name)
+        declared = self._everything().get(name)
         # A name of the package itself belongs to its file, imported or not.
         if taken is None and declared is not None and self._owns(declared) and not _inside(origin, declared.module):
             taken = declared.origin
@@ -79,8 +90,12 @@ class Registry(Generic[T]):
         """All names with what their source says of them."""
         return list(self._declarations().values())
 
+    def families(self) -> list[Declaration]:
+        """The families of names, such as "pgd-N"."""
+        return [declaration for declaration in self._everything().values() if declaration.pattern is not None]
+
     def __contains__(self, name: object) -> bool:
-        return name in self._declarations()
+        return name in self._declarations() or (isinstance(name, str) and self._family(name) is not None)
 
     def get(self, name: str) -> T:
         """The member of that name, its module imported.
@@ -88,8 +103,12 @@ class Registry(Generic[T]):
         Raises:
             UsageError: nothing has that name; close matches are offered.
         """
+        declaration, family = self._everything().get(name), self._family(name)
+        if declaration is not None and declaration.pattern is not None:
+            raise UsageError(self.unknown(name))
         if name not in self._members:
-            declaration = self._declarations().get(name)
+            if declaration is None and family is not None:
+                return self._of_family(family, name)
             if declaration is None:
                 raise UsageError(self.unknown(name))
             self._import(declaration)
@@ -98,6 +117,15 @@ class Registry(Generic[T]):
                 f"{self.kind} {name!r} is announced by its package but {self._origin(name)} does not register it"
             )
         return self._members[name]
+
+    def _family(self, name: str) -> Declaration | None:
+        """The first family that a name belongs to."""
+        return next((family for family in self.families() if re.fullmatch(family.pattern or "", name)), None)
+
+    def _of_family(self, family: Declaration, name: str) -> T:
+        if family.name not in self._members:
+            self._import(family)
+        return cast(T, cast(Any, self._members[family.name]).named(name))
 
     def _import(self, declaration: Declaration) -> None:
         try:
@@ -119,12 +147,19 @@ class Registry(Generic[T]):
         """The message for a wrong name."""
         close = difflib.get_close_matches(name.lower(), self.names(), n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(close)}? " if close else ""
+        for family in self.families():
+            # "pgd-" of "pgd-N": what is written as it stands.
+            if name.startswith(family.name.rstrip(ascii_uppercase)):
+                hint += f"{family.name} takes {family.facts.get('takes', f'names like {family.pattern}')}; "
         return f"unknown {self.kind} {name!r}; {hint}`moebench list {self.kind.replace(' ', '')}s` shows all"
 
     def _origin(self, name: str) -> str:
         return self._declarations()[name].origin
 
     def _declarations(self) -> dict[str, Declaration]:
+        return {name: one for name, one in self._everything().items() if one.pattern is None}
+
+    def _everything(self) -> dict[str, Declaration]:
         if self._declared is None:
             found: dict[str, Declaration] = {}
             for declaration in (*self._scan(), *self._plugins()):

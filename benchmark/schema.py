@@ -31,6 +31,9 @@ PROTOCOL_VERSION = "1"
 SUITE_VERSION = "v1"
 """Version of the attack definitions that `moebench list attacks` prints."""
 
+WARM_START = "warm-start"
+"""Stage and parameter of a cell that takes over the adversarial images of a smaller radius."""
+
 NORMS: tuple[Norm, ...] = get_args(Norm)
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 """Of the search: float32; bfloat16 first and float32 on what is left; bfloat16 alone, a quick look, never ranked."""
@@ -55,6 +58,18 @@ def parse_eps(text: str) -> float:
     if not math.isfinite(value) or value <= 0:
         raise UsageError(wanted)
     return value
+
+
+def parse_radii(text: str) -> dict[float, str]:
+    """The radii of a comma-separated list, ascending and each once, with how each was first written.
+
+    Raises:
+        UsageError: one of them is no radius.
+    """
+    written: dict[float, str] = {}
+    for part in text.split(","):
+        written.setdefault(parse_eps(part), part.strip())
+    return dict(sorted(written.items()))
 
 
 def format_eps(eps: float) -> str:

@@ -178,7 +178,7 @@ def test_a_setting_reaches_the_attack() -> None:
     assert load_attack("pgd-10", steps=3).parameters()["pgd"]["steps"] == 3
     assert load_attack("fab-t", target_classes=2).parameters()["fab-t"]["target_classes"] == 2
     with pytest.raises(UsageError, match="did you mean pgd-50"):
-        load_attack("pgd-51")
+        load_attack("pgd-5O")
 
 
 # Standard settings.

@@ -377,7 +377,7 @@ def test_a_dry_run_writes_nothing_and_its_bound_holds(moebench: Terminal) -> Non
     ("what", "expected"),
     [
         ("models", ["rt-er", "dual-moe", "resnet-at"]),
-        ("attacks", ["autoattack", "pgd-50", "smooth-pgd-50", "suite v1"]),
+        ("attacks", ["autoattack", "pgd-50", "smooth-pgd-50", "pgd-N", "smooth-pgd-N", "suite v1"]),
         ("datasets", ["digits", "npz:FILE", "folder:DIR", "cifar10"]),
         ("suites", ["v1 (current): fgsm, pgd-50, smooth-pgd-50, autoattack"]),
     ],

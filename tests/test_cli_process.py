@@ -76,7 +76,14 @@ def test_help_and_lists_do_not_import_torch(words: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "words", ["evaluate --model rter", "evaluate --model st-moe --eps -1", "evaluate --model st-moe --view wohle"]
+    "words",
+    [
+        "evaluate --model rter",
+        "evaluate --model st-moe --eps -1",
+        "evaluate --model st-moe --eps 0.1,2",
+        "evaluate --model st-moe --attack pgd-7,pgd-0",
+        "evaluate --model st-moe --view wohle",
+    ],
 )
 def test_a_wrong_name_is_answered_without_torch(words: str) -> None:
     program = (

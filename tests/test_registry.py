@@ -4,7 +4,8 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,9 @@ class Member:
     name: str
     definition: Any
     facts: dict[str, Any]
+
+    def named(self, name: str) -> Member:
+        return replace(self, name=name)
 
 
 def member(definition: Any, name: str, facts: dict[str, Any]) -> Member:
@@ -123,6 +127,23 @@ def test_scan_reads_nested_definitions_and_aliases_do_not_count(tmp_path: Path) 
     path = tmp_path / "f.py"
     path.write_text("class A:\n    @register('inner')\n    def f(self): ...\n@other.register('no')\ndef g(): ...\n")
     assert [found.name for found in scan(path, "f", "register")] == ["inner"]
+
+
+def test_a_family_makes_the_member_of_every_name_that_matches(package: MakePackage) -> None:
+    registry = package(
+        many="from registry_of_{name} import register\n"
+        '@register("other:NAME", pattern="other:[a-z]+", takes="a lower-case word")\n'
+        '@register("other:known", summary="declared one by one")\n'
+        "def build(): ...\n"
+    )
+    assert registry.names() == ["other:known"] and [one.name for one in registry.families()] == ["other:NAME"]
+    assert "other:thing" in registry and "other:7" not in registry and "other:NAME" not in registry
+    for _ in range(2):
+        assert registry.get("other:thing").name == "other:thing"
+        assert registry.get("other:known").facts == {"summary": "declared one by one"}
+        for wrong in ("other:NAME", "other:7", "other:"):
+            assert "other:NAME takes a lower-case word; `moebench list" in refused(partial(registry.get, wrong))
+    assert "NAME" not in refused(lambda: registry.get("thing"))
 
 
 # --- wrong names

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from moebench.metrics import wilson
-from moebench.schema import ResultRecord
+from moebench.schema import ResultRecord, format_eps
 
 if TYPE_CHECKING:
     from moebench.summary import Summary
+    from moebench.sweep import Sweep
 
 LABELS = {"ra": "RA", "ra_e": "RA-E", "ra_r": "RA-R", "ra_smoe": "RA-SMoE", "ra_rmoe": "RA-RMoE"}
 HEADINGS = ("attack", "view", "acc %", "95 % interval", "rerouted %", "forwards", "backwards", "seconds")
@@ -65,6 +66,24 @@ def results_lines(records: Sequence[ResultRecord], width: int) -> list[str]:
             shown.remove(column)
     heading, *lines = ("  ".join(_aligned(row, widths, column) for column in shown).rstrip() for row in rows)
     return [f"[bold]{heading}[/bold]", *(line.replace("[", "\\[") for line in lines)]
+
+
+def curve_lines(sweep: Sweep, width: int) -> list[str]:
+    """A line per attack and view with a column per radius, the worst case last; in blocks where `width` is short."""
+    heads = [format_eps(summary.eps) for summary in sweep.summaries]
+    rows = [(*key, *(percent(one.accuracy) for one in records)) for key, records in sweep.curves.items()]
+    rows.append(("RA-worst", "all stored", *(percent(summary.ra_worst) for summary in sweep.summaries)))
+    table = [("attack", "view", *heads), *rows]
+    widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
+    lines: list[str] = []
+    columns = list(range(LEFT, len(widths)))
+    while columns:
+        block = [0, 1]
+        while columns and (len(block) == LEFT or sum(widths[at] + 2 for at in [*block, columns[0]]) - 2 <= width):
+            block.append(columns.pop(0))
+        heading, *body = ("  ".join(_aligned(row, widths, at) for at in block).rstrip() for row in table)
+        lines += [f"[bold]{heading}[/bold]", *(line.replace("[", "\\[") for line in body)]
+    return lines
 
 
 def _aligned(row: Sequence[str], widths: Sequence[int], column: int) -> str:

@@ -22,11 +22,12 @@ from moebench.commands._options import (
 )
 from moebench.errors import RunError, UsageError
 from moebench.registry import attack_registry, model_registry
-from moebench.schema import PRECISIONS, check_view_name, parse_eps
+from moebench.schema import PRECISIONS, ThreatModel, check_view_name, parse_radii
 
 if TYPE_CHECKING:
-    from moebench.evaluation import EvalSpec
+    from moebench.evaluation import EvalSpec, PlannedCell
     from moebench.summary import Summary
+    from moebench.sweep import Sweep
 
 
 NUMERIC_OPTIONS = {
@@ -43,7 +44,10 @@ NUMERIC_OPTIONS = {
 @click.option("--dataset", default="digits", show_default=True, metavar="NAME", help="NAME, npz:FILE or folder:DIR.")
 @click.option("--view", default="", metavar="V[,W…]", help="Views to attack [default: those of the headline metrics].")
 @click.option("--norm", default="Linf", show_default=True, type=click.Choice(["Linf", "L2"]), help="Norm of the ball.")
-@click.option("--eps", metavar="EPS", help="Radius, such as 8/255 or 0.03 [default: the data set's].")
+@click.option(
+    "--eps", metavar="E[,F…]", help="Radius, such as 8/255 or 0.03; several make a curve [default: the data set's]."
+)
+@click.option("--cold", is_flag=True, help="With several radii: attack each for itself, without warm starts.")
 @click.option("--n", type=int, metavar="N", help="Only the first N samples.")
 @click.option("--batch-size", type=int, metavar="N", help="Rows that run together [default: by image size].")
 @click.option("--device", default="cpu", show_default=True, help="Torch device, such as cuda.")
@@ -75,22 +79,32 @@ def evaluate_command(
     dataset: str,
     view: str,
     eps: str | None,
+    cold: bool,
     settings: tuple[str, ...],
     as_json: bool,
     dry_run: bool,
     **options: Any,
 ) -> None:
     """Attack a model and store what is left of its accuracy."""
-    radius = None if eps is None else parse_eps(eps)
+    radii = {} if eps is None else parse_radii(eps)
+    for radius in radii:
+        ThreatModel(options["norm"], radius)
     attacks, views = split_names(attack), split_names(view)
     _check_names(model, attacks, views)
 
     from moebench.evaluation import EvalSpec, evaluate
 
+    def command(written: str | None) -> str:
+        return command_line(model, dataset, attacks, views, written, settings, options)
+
     spec = EvalSpec(
-        model=model, dataset=dataset, attacks=attacks, views=views, eps=radius, settings=parse_settings(settings),
-        command=command_line(model, dataset, attacks, views, eps, settings, options), **options,
+        model=model, dataset=dataset, attacks=attacks, views=views, eps=next(iter(radii), None),
+        settings=parse_settings(settings), command=command(next(iter(radii.values()), None)), **options,
     )  # fmt: skip
+    if len(radii) > 1:
+        commands = dict(zip(radii, map(command, _texts(radii, cold, spec)), strict=True))
+        _sweep(spec, commands, cold=cold, as_json=as_json, dry_run=dry_run)
+        return
     if dry_run:
         _dry_run(spec, as_json)
         return
@@ -102,6 +116,32 @@ def evaluate_command(
         click.echo(json.dumps(summary.to_json()))
     else:
         _print(summary, spec)
+
+
+def _texts(radii: dict[float, str], cold: bool, spec: EvalSpec) -> list[str]:
+    """What `--eps` says in the command that repeats each radius: with warm starts, the smaller ones come first."""
+    written = list(radii.values())
+    alone = cold or spec.engine != "native"
+    return written if alone else [",".join(written[: place + 1]) for place in range(len(written))]
+
+
+def _sweep(spec: EvalSpec, commands: dict[float, str], *, cold: bool, as_json: bool, dry_run: bool) -> None:
+    """Evaluates, or plans, at the radii that are the keys of `commands`."""
+    from moebench.commands._progress import listening
+    from moebench.sweep import plan_sweep, sweep
+
+    radii = list(commands)
+    if dry_run:
+        with _users_code():
+            planned = plan_sweep(spec, radii, cold=cold)
+        _say_planned_sweep(planned, as_json)
+        return
+    with listening() as listener, _users_code():
+        found = sweep(spec, radii, cold=cold, commands=commands, listener=listener)
+    if as_json:
+        click.echo(json.dumps(found.to_json()))
+    else:
+        _print_sweep(found, spec)
 
 
 def command_line(
@@ -160,17 +200,30 @@ def _dry_run(spec: EvalSpec, as_json: bool) -> None:
         click.echo(json.dumps({"cells": [cell.to_json() for cell in planned]}))
         return
     for cell in planned:
-        state = (
-            "stored already"
-            if cell.stored
-            else f"at most {cell.forwards:,} forward and {cell.backwards:,} backward passes"
-        )
-        click.echo(f"{cell.attack} on view {cell.view}, {cell.n} samples: {state}")
+        click.echo(_in_words(cell))
+
+
+def _in_words(cell: PlannedCell) -> str:
+    state = (
+        "stored already" if cell.stored else f"at most {cell.forwards:,} forward and {cell.backwards:,} backward passes"
+    )
+    return f"{cell.attack} on view {cell.view}, {cell.n} samples: {state}"
+
+
+def _say_planned_sweep(planned: dict[float, list[PlannedCell]], as_json: bool) -> None:
+    from moebench.schema import format_eps
+
+    if as_json:
+        radii = [{"eps": eps, "cells": [cell.to_json() for cell in cells]} for eps, cells in planned.items()]
+        click.echo(json.dumps({"radii": radii}))
+        return
+    for eps, cells in planned.items():
+        for cell in cells:
+            click.echo(f"eps {format_eps(eps)}: {_in_words(cell)}")
 
 
 def _print(summary: Summary, spec: EvalSpec) -> None:
     from moebench.commands._tables import headline_lines, results_lines, standard_output
-    from moebench.schema import ThreatModel
 
     console = standard_output()
     threat = ThreatModel(spec.norm, summary.eps)
@@ -189,6 +242,26 @@ def _print(summary: Summary, spec: EvalSpec) -> None:
     console.print(f"run {summary.run_id}, {summary.seconds:.1f} s")
     if spec.save_adv is not None:
         console.print(f"adversarial images: {_plain(str(spec.save_adv))}")
+
+
+def _print_sweep(found: Sweep, spec: EvalSpec) -> None:
+    from moebench.commands._tables import curve_lines, interval, standard_output
+
+    console, first = standard_output(), found.summaries[0]
+    console.print(f"[bold]{_plain(first.model)}[/bold] on {_plain(first.dataset)}, n = {first.n}, {spec.norm}")
+    console.print(f"  SA  {interval(first.sa, first.n)}")
+    console.print("  accuracy in percent, by eps:")
+    for line in curve_lines(found, console.width):
+        console.print(line)
+    flags = dict.fromkeys((flag.code, flag.evidence, one.eps) for one in found.summaries for flag in one.flags)
+    for code, evidence, eps in flags:
+        console.print(f"[yellow]flag[/yellow] {code} at {ThreatModel(spec.norm, eps)}: {_plain(evidence)}")
+    reused, total = (sum(counts) for counts in zip(*((s.reused, len(s.results)) for s in found.summaries), strict=True))
+    if reused:
+        what = "All" if reused == total else f"{reused} of {total}"
+        console.print(f"{what} results were in the database already and not computed again (--fresh does).")
+    for summary in found.summaries:
+        console.print(f"run {summary.run_id}, {ThreatModel(spec.norm, summary.eps)}, {summary.seconds:.1f} s")
 
 
 def _plain(text: str) -> str:

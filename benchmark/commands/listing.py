@@ -38,7 +38,7 @@ def _declarations(what: str) -> list[Declaration]:
     if what == "models":
         return model_registry().declarations()
     if what == "attacks":
-        return attack_registry().declarations()
+        return attack_registry().declarations() + attack_registry().families()
     from moebench.datasets import DATASETS
 
     return DATASETS.declarations()

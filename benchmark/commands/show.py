@@ -9,6 +9,7 @@ import click
 from moebench.commands._options import database_option, debug_option
 from moebench.errors import UsageError
 from moebench.registry import model_registry
+from moebench.schema import WARM_START, format_eps
 
 if TYPE_CHECKING:
     from moebench.schema import StoredRun
@@ -63,6 +64,13 @@ def _show_run(run: StoredRun) -> None:
     for line in results_lines([result.record for result in run.results], console.width):
         console.print(line)
     for result in run.results:
+        source = result.cell.parameters.get(WARM_START)
+        if source is not None:
+            taken = int(result.record.stages.get(WARM_START, {}).get("broken", 0))
+            console.print(
+                f"  {result.record.attack} on {escape(result.record.view)}: warm start, {taken} samples taken over "
+                f"from eps {format_eps(source['eps'])} (result {source['fingerprint'][:16]}…)"
+            )
         for layer in result.record.routing:
             console.print(
                 f"  {result.record.attack} on {escape(result.record.view)}, layer {layer.name}: routes changed "

@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from moebench.errors import UsageError
-from moebench.report import exports, html, latex, tables
+from moebench.report import curves, exports, html, latex, tables
 from moebench.report.evidence import ReadableStore
 
 __all__ = ["ReadableStore", "render", "write_report"]
@@ -25,6 +25,7 @@ def render(store: ReadableStore) -> dict[str, str]:
     made = html.render(report)
     made |= {f"tables/{name}": content for name, content in latex.render(report).items()}
     made["data/leaderboard.csv"] = exports.leaderboard_csv(report.boards)
+    made["data/curves.csv"] = curves.curves_csv(store.results(newest_only=True))
     made["data/results.jsonl"] = exports.results_jsonl(store)
     return made
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moebench.metrics import Measure, from_accuracy, measure, worst_case
-from moebench.report.evidence import WHOLE, Evidence, eligible, group_key, names
+from moebench.report.evidence import WHOLE, Evidence, cold_if_any, eligible, group_key, names
 from moebench.schema import Claim, ThreatModel
 
 HEADLINE_ATTACKS = {"PGD": "PGD", "AutoAttack (as named by paper)": "AutoAttack"}
@@ -105,6 +105,7 @@ def _best(cells: Sequence[Evidence], clean: bool) -> tuple[Measure, str] | None:
     if clean:
         found = from_accuracy(best.record.clean_accuracy, best.record.n)
         return (found, f"{found.k} of {found.n} samples") if found else None
+    same = cold_if_any(same)
     left = measure(worst_case([one.outcomes for one in same]))
     return (left, f"{names(same)}, {best.protocol.threat}; {left.k} of {left.n} samples") if left else None
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from moebench.schema import Claim, Json, Outcomes, ProtocolRecord, StoredResult, StoredRun
+from moebench.schema import WARM_START, Claim, Json, Outcomes, ProtocolRecord, StoredResult, StoredRun
 
 WHOLE = "whole"
 ENGINE = "native"
@@ -26,6 +27,9 @@ ATTACK_ORDER = (
     "moe-adaptive",
 )
 
+
+STEPS = re.compile(r"(?P<family>(?:smooth-)?pgd)-(?P<steps>[0-9]+)")
+"""Names of attacks that differ in their number of steps alone."""
 
 PRIVATE = frozenset({"host", "hostname", "node", "pid", "process", "user", "username", "cwd"})
 """Facts about whose machine ran; of use in the store, of none to a reader."""
@@ -64,6 +68,24 @@ class Evidence:
         """What of the model the attack saw."""
         return self.stored.cell.view
 
+    @property
+    def warm(self) -> bool:
+        """Whether it took over what the attack found at a smaller radius."""
+        return is_warm(self.stored)
+
+
+def is_warm(stored: StoredResult) -> bool:
+    """Whether a result took over what the attack found at a smaller radius."""
+    return WARM_START in stored.cell.parameters
+
+
+def cold_if_any(cells: Sequence[Evidence]) -> list[Evidence]:
+    """The results without a warm start, all of them if there is none without.
+
+    An attack's name stands for what it does alone; images from smaller radii make it another, stronger one.
+    """
+    return [one for one in cells if not one.warm] or list(cells)
+
 
 def group_key(protocol: ProtocolRecord) -> tuple[Any, ...]:
     """What two numbers must share to be ranked together; sorts boards, larger sample sets first."""
@@ -88,9 +110,17 @@ def result_key(stored: StoredResult) -> tuple[Any, ...]:
     return (*where, cell.view != WHOLE, cell.view, attack_key(cell.attack), cell.engine, cell.seed, stored.result_id)
 
 
-def attack_key(attack: str) -> tuple[int, str]:
-    """Weak to strong as the papers list them; others after them by name."""
-    return (ATTACK_ORDER.index(attack) if attack in ATTACK_ORDER else len(ATTACK_ORDER), attack)
+def attack_key(attack: str) -> tuple[int, str, int, str]:
+    """Weak to strong as the papers list them, PGD by its steps; others after them by name, which is the last part."""
+    match = STEPS.fullmatch(attack)
+    family, steps = (match["family"], int(match["steps"])) if match else (attack, 0)
+    known = "pgd-10" if family == "pgd" else attack
+    return (ATTACK_ORDER.index(known) if known in ATTACK_ORDER else len(ATTACK_ORDER), family, steps, attack)
+
+
+def has_column(attack: str) -> bool:
+    """Whether an attack gets a column of a leaderboard: PGD of any other length than the usual ones is for curves."""
+    return attack in ATTACK_ORDER or STEPS.fullmatch(attack) is None
 
 
 def eligible(stored: StoredResult) -> bool:
@@ -111,4 +141,4 @@ def public(environment: Json) -> dict[str, Any]:
 def names(cells: Sequence[Evidence]) -> str:
     """The attacks behind a number in words, such as "autoattack, pgd-50 on experts"."""
     pairs = sorted({(one.view != WHOLE, one.view, attack_key(one.attack)) for one in cells})
-    return ", ".join(attack if view == WHOLE else f"{attack} on {view}" for _, view, (_, attack) in pairs)
+    return ", ".join(key[-1] if view == WHOLE else f"{key[-1]} on {view}" for _, view, key in pairs)

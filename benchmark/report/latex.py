@@ -144,9 +144,9 @@ def _free(files: dict[str, str], stem: str, origin: str) -> str:
     return f"{stem}.tex" if f"{stem}.tex" not in files else f"{stem}-{digest(origin)}.tex"
 
 
-def _prominence(board: Board) -> tuple[int, int, int, str]:
-    """The board with most models keeps the plain file name; the others of its data set and norm get a suffix."""
-    return (-len(board.ranked), -len(board.rows), -board.protocol.n, board.anchor)
+def _prominence(board: Board) -> tuple[bool, int, int, int, str]:
+    """The leading board with most models keeps the plain file name; others of its data set and norm get a suffix."""
+    return (not board.main, -len(board.ranked), -len(board.rows), -board.protocol.n, board.anchor)
 
 
 def leaderboard(board: Board) -> str:

@@ -13,8 +13,10 @@ from moebench.report.evidence import (
     Evidence,
     ReadableStore,
     attack_key,
+    cold_if_any,
     eligible,
     group_key,
+    has_column,
     names,
     newest,
     result_key,
@@ -79,7 +81,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Board:
-    """The leaderboard of one data set, sample set, threat model and protocol version."""
+    """The leaderboard of one data set, sample set, threat model and protocol version.
+
+    `main` is false where another radius on the same data leads, as for most radii of a sweep.
+    """
 
     protocol: ProtocolRecord
     anchor: str
@@ -89,6 +94,7 @@ class Board:
     unranked: tuple[Row, ...]
     left_out: int
     missed: tuple[Missed, ...] = ()
+    main: bool = True
 
     @property
     def rows(self) -> tuple[Row, ...]:
@@ -143,15 +149,42 @@ def build(store: ReadableStore) -> Report:
     groups: dict[tuple[Any, ...], list[Evidence]] = {}
     for one in evidence:
         groups.setdefault(group_key(one.stored.protocol), []).append(one)
-    boards = tuple(_board(groups[key], claims, runs) for key in sorted(groups))
+    boards = _arranged({key: _board(groups[key], claims, runs) for key in sorted(groups)}, groups)
     models = sorted({one.stored.model.name for one in evidence} | {run.model.name for run in runs})
     return Report(boards, tuple(_page(name, boards, evidence, claims, runs) for name in models), claims)
+
+
+def _arranged(
+    boards: Mapping[tuple[Any, ...], Board], groups: Mapping[tuple[Any, ...], Sequence[Evidence]]
+) -> tuple[Board, ...]:
+    """The boards by data and norm, in each the leading radius first.
+
+    The data set's own radius leads, which a command asks for by naming none; else the one with most models.
+    """
+    by_data: dict[tuple[Any, ...], list[tuple[Any, ...]]] = {}
+    for key in boards:
+        by_data.setdefault((*key[:3], *key[4:]), []).append(key)
+    found: list[Board] = []
+    for keys in by_data.values():
+
+        def weight(key: tuple[Any, ...]) -> tuple[int, ...]:
+            own = any(_at_own_radius(one.stored.command) for one in groups[key])
+            return (not own, -len(boards[key].ranked), -len(boards[key].rows))
+
+        leader = min(keys, key=weight)
+        found.append(boards[leader])
+        found += [replace(boards[key], main=False) for key in keys if key != leader]
+    return tuple(found)
+
+
+def _at_own_radius(command: str) -> bool:
+    return bool(command) and "--eps" not in command.split()
 
 
 def _board(group: Sequence[Evidence], claims: Sequence[Claim], runs: Sequence[StoredRun]) -> Board:
     protocol = newest(one.stored for one in group).protocol
     kept = [one for one in group if eligible(one.stored)]
-    attacks = sorted({one.attack for one in kept if one.view == WHOLE}, key=attack_key)
+    attacks = sorted({one.attack for one in kept if one.view == WHOLE and has_column(one.attack)}, key=attack_key)
     checkpoints: dict[tuple[str, str], list[Evidence]] = {}
     for one in kept:
         checkpoints.setdefault((one.stored.model.name, one.stored.checkpoint.sha256), []).append(one)
@@ -214,7 +247,7 @@ def _row(
         sa=_clean(last),
         ra=_standing(whole, "no attack on the whole model has been run"),
         attacks=tuple(
-            _standing([one for one in whole if one.attack == attack], f"{attack} has not been run")
+            _standing(cold_if_any([one for one in whole if one.attack == attack]), f"{attack} has not been run")
             for attack in attacks
         ),
         components=tuple(_component(model, cells, view) for _, view in COMPONENTS),
