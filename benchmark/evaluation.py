@@ -24,10 +24,12 @@ from moebench.checks import clean_logits
 from moebench.datasets import Dataset, load_dataset
 from moebench.errors import MoebenchError, RunError, UsageError
 from moebench.loading import LoadedModel, load
+from moebench.probes import VERSION, active_flags
 from moebench.provenance import environment, fingerprint
 from moebench.schema import (
     PROTOCOL_VERSION,
     CellSpec,
+    Flag,
     Norm,
     ProtocolRecord,
     ResultRecord,
@@ -43,7 +45,7 @@ class EvalSpec:
     """What to evaluate; the fields are the options of `moebench evaluate`.
 
     `batch_size` None fits the image size. `views` is empty for the model's default views, `eps` None for the data
-    set's default radius, `n` None for all samples.
+    set's default radius, `n` None for all samples. `trust` has the model probed after the attacks.
     """
 
     model: str
@@ -61,6 +63,7 @@ class EvalSpec:
     weights: Path | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     fresh: bool = False
+    trust: bool = True
     save_adv: Path | None = None
     command: str = ""
 
@@ -84,7 +87,7 @@ Listener = Callable[[Progress], None]
 
 @dataclass(frozen=True)
 class Prepared:
-    """An evaluation that has passed every check and not yet attacked anything."""
+    """An evaluation that has passed every check and not yet attacked anything; `findings` are doubts, not refusals."""
 
     spec: EvalSpec
     dataset: Dataset
@@ -96,6 +99,7 @@ class Prepared:
     clean_pred: torch.Tensor
     protocol: ProtocolRecord
     cells: tuple[tuple[AttackPlan, CellSpec], ...]
+    findings: tuple[Flag, ...] = ()
 
 
 def evaluate(spec: EvalSpec, listener: Listener | None = None) -> Summary:
@@ -134,7 +138,7 @@ def prepare(spec: EvalSpec, plans: Sequence[AttackPlan]) -> Prepared:
     loaded = load(spec.model, dataset, weights=spec.weights, settings=spec.settings, device=spec.device)
     samples = to_samples(dataset.images, dataset.labels, dataset.ids, spec.device)
     batch_size = spec.batch_size or fitting_batch(dataset.shape, spec.device)
-    logits = clean_logits(loaded.module, samples, dataset.num_classes, batch_size)
+    logits, findings = clean_logits(loaded.module, samples, dataset.num_classes, batch_size)
     for plan in plans:
         if logits.shape[1] < plan.min_classes:
             raise UsageError(
@@ -145,7 +149,9 @@ def prepare(spec: EvalSpec, plans: Sequence[AttackPlan]) -> Prepared:
     )
     cells = plan_cells(spec, plans, loaded, protocol)
     search = fused_copy(loaded.module, samples.x[:batch_size]) if spec.engine == "native" else loaded.module
-    return Prepared(spec, dataset, loaded, search, batch_size, threat, samples, logits.argmax(dim=1), protocol, cells)
+    return Prepared(
+        spec, dataset, loaded, search, batch_size, threat, samples, logits.argmax(dim=1), protocol, cells, findings
+    )
 
 
 def fitting_batch(shape: tuple[int, int, int], device: str) -> int:
@@ -203,10 +209,11 @@ def _run(prepared: Prepared, store: Store, listener: Listener | None) -> Summary
     """Runs or reuses every cell inside one stored run."""
     spec, begin = prepared.spec, time.perf_counter()
     run_id = uuid.uuid4().hex[:12]
+    run_fingerprint = fingerprint({"cells": [cell.fingerprint for _, cell in prepared.cells]})
     store.begin_run(
         RunStart(
             run_id,
-            fingerprint({"cells": [cell.fingerprint for _, cell in prepared.cells]}),
+            run_fingerprint,
             spec.command,
             prepared.loaded.record,
             prepared.loaded.checkpoint,
@@ -216,6 +223,7 @@ def _run(prepared: Prepared, store: Store, listener: Listener | None) -> Summary
                 "seed": spec.seed,
                 "batch_size": prepared.batch_size,
                 "code": prepared.loaded.code,
+                "probes": VERSION if spec.trust else None,
             },
         )
     )
@@ -238,8 +246,11 @@ def _run(prepared: Prepared, store: Store, listener: Listener | None) -> Summary
             outcomes.append(outcome)
         if spec.save_adv is not None:
             save_adversarial(spec.save_adv, prepared, outcomes)
+        probed = active_flags(
+            prepared, store, run_fingerprint=run_fingerprint, all_reused=reused == len(prepared.cells)
+        )
         seconds = time.perf_counter() - begin
-        summary = summarise(store, run_id, prepared, records, reused, seconds)
+        summary = summarise(store, run_id, prepared, records, reused, seconds, (*prepared.findings, *probed))
         store.finish_run(run_id, "done", seconds=seconds, flags=summary.flags)
     except BaseException as error:
         _fail(store, run_id, error, time.perf_counter() - begin)
