@@ -6,7 +6,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +20,18 @@ from moebench.attacks._reference import check_reference
 from moebench.attacks._search import SearchCopy, search_copy
 from moebench.attacks._views import check_view, default_views
 from moebench.cells import CellOutcome, CellWork, run_cell, searches
-from moebench.checks import clean_logits
+from moebench.checks import clean_logits, expected_logits
 from moebench.datasets import Dataset, load_dataset
 from moebench.errors import MoebenchError, RunError, UsageError
+from moebench.flags import RANDOM_FORWARD
 from moebench.loading import LoadedModel, load
+from moebench.probes import VERSION, active_flags
 from moebench.provenance import environment, fingerprint
 from moebench.schema import (
     PROTOCOL_VERSION,
     WARM_START,
     CellSpec,
+    Flag,
     Norm,
     Precision,
     ProtocolRecord,
@@ -47,7 +50,7 @@ class EvalSpec:
 
     `batch_size` None fits the device. `draws` are the passes averaged for a model that is random; `compiled` tries
     torch.compile on the search. `views` is empty for the model's default views, `eps` None for the data
-    set's default radius, `n` None for all samples.
+    set's default radius, `n` None for all samples. `trust` has the model probed after the attacks.
     """
 
     model: str
@@ -68,6 +71,7 @@ class EvalSpec:
     weights: Path | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     fresh: bool = False
+    trust: bool = True
     save_adv: Path | None = None
     command: str = ""
 
@@ -91,19 +95,19 @@ Listener = Callable[[Progress], None]
 
 @dataclass(frozen=True)
 class Prepared:
-    """An evaluation that has passed every check and not yet attacked anything."""
+    """An evaluation that has passed every check and not yet attacked anything; `findings` are doubts, not refusals."""
 
     spec: EvalSpec
     dataset: Dataset
     loaded: LoadedModel
     search: SearchCopy
     batch_size: int
-    draws: int
     threat: ThreatModel
     samples: Samples
     clean_pred: torch.Tensor
     protocol: ProtocolRecord
     cells: tuple[tuple[AttackPlan, CellSpec], ...]
+    findings: tuple[Flag, ...] = ()
 
 
 def evaluate(spec: EvalSpec, listener: Listener | None = None) -> Summary:
@@ -143,7 +147,11 @@ def prepare(spec: EvalSpec, plans: Sequence[AttackPlan]) -> Prepared:
     if spec.device == "cpu":
         keep_freed_memory()
     batch_size = spec.batch_size or fitting_rows(loaded.module, dataset.shape, spec.device)
-    logits = clean_logits(loaded.module, samples, dataset.num_classes, batch_size)
+    logits, findings = clean_logits(loaded.module, samples, dataset.num_classes, batch_size)
+    if not any(finding.code == RANDOM_FORWARD for finding in findings):
+        spec = replace(spec, draws=1)
+    elif spec.draws > 1:
+        logits = expected_logits(loaded.module, samples.x, spec.draws, batch_size)
     for plan in plans:
         if logits.shape[1] < plan.min_classes:
             raise UsageError(
@@ -157,7 +165,7 @@ def prepare(spec: EvalSpec, plans: Sequence[AttackPlan]) -> Prepared:
     if spec.engine == "native":
         search = search_copy(loaded.module, samples.x[:batch_size], compiled=spec.compiled)
     clean_pred = logits.argmax(dim=1)
-    return Prepared(spec, dataset, loaded, search, batch_size, spec.draws, threat, samples, clean_pred, protocol, cells)
+    return Prepared(spec, dataset, loaded, search, batch_size, threat, samples, clean_pred, protocol, cells, findings)
 
 
 def _check_numbers(spec: EvalSpec) -> None:
@@ -226,10 +234,11 @@ def run(prepared: Prepared, store: Store, listener: Listener | None, warm: WarmS
     """Runs or reuses every cell inside one stored run; `warm` knows what was found at smaller radii."""
     spec, begin = prepared.spec, time.perf_counter()
     run_id = uuid.uuid4().hex[:12]
+    run_fingerprint = fingerprint({"cells": [cell.fingerprint for _, cell in prepared.cells]})
     store.begin_run(
         RunStart(
             run_id,
-            fingerprint({"cells": [cell.fingerprint for _, cell in prepared.cells]}),
+            run_fingerprint,
             spec.command,
             prepared.loaded.record,
             prepared.loaded.checkpoint,
@@ -240,6 +249,7 @@ def run(prepared: Prepared, store: Store, listener: Listener | None, warm: WarmS
                 "batch_size": prepared.batch_size,
                 "search": prepared.search.notes,
                 "code": prepared.loaded.code,
+                "probes": VERSION if spec.trust else None,
             },
         )
     )
@@ -268,8 +278,11 @@ def run(prepared: Prepared, store: Store, listener: Listener | None, warm: WarmS
                 warm.note(work, outcome)
         if spec.save_adv is not None:
             save_adversarial(spec.save_adv, prepared, outcomes)
+        probed = active_flags(
+            prepared, store, run_fingerprint=run_fingerprint, all_reused=reused == len(prepared.cells)
+        )
         seconds = time.perf_counter() - begin
-        summary = summarise(store, run_id, prepared, records, reused, seconds)
+        summary = summarise(store, run_id, prepared, records, reused, seconds, (*prepared.findings, *probed))
         store.finish_run(run_id, "done", seconds=seconds, flags=summary.flags)
     except BaseException as error:
         _fail(store, run_id, error, time.perf_counter() - begin)
@@ -300,7 +313,7 @@ def _work(prepared: Prepared, plan: AttackPlan, cell: CellSpec, number: int, lis
         threat=prepared.threat,
         batch_size=prepared.batch_size,
         tell=tell,
-        draws=prepared.draws,
+        draws=prepared.spec.draws,
     )
 
 

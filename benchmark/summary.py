@@ -19,9 +19,9 @@ from moebench.schema import (
     ProtocolRecord,
     ResultRecord,
     StoredResult,
-    ThreatModel,
 )
 from moebench.store import Store
+from moebench.trust import passive_flags
 
 if TYPE_CHECKING:
     from moebench.evaluation import Prepared
@@ -89,10 +89,16 @@ class Summary:
 
 
 def summarise(
-    store: Store, run_id: str, prepared: Prepared, records: Sequence[ResultRecord], reused: int, seconds: float
+    store: Store,
+    run_id: str,
+    prepared: Prepared,
+    records: Sequence[ResultRecord],
+    reused: int,
+    seconds: float,
+    seen: Sequence[Flag] = (),
 ) -> Summary:
-    """Headline metrics from the per-sample outcomes in the store."""
-    stored = comparable(store, prepared)
+    """Headline metrics from the per-sample outcomes in the store; `seen` are the flags of checks and probes."""
+    stored, elsewhere = comparable(store, prepared)
     outcomes = {result.cell.fingerprint: store.outcomes(result.result_id) for result in stored}
     wanted = [cell for _, cell in prepared.cells]
     by_view: dict[str, list[Outcomes]] = {}
@@ -100,6 +106,10 @@ def summarise(
         by_view.setdefault(cell.view, []).append(outcomes[cell.fingerprint])
     headlines = {name: _share(by_view.get(view)) for name, view in HEADLINES.items()}
     worst = worst_case(list(outcomes.values()))
+    passive = passive_flags(
+        [(result, outcomes[result.cell.fingerprint]) for result in stored],
+        [(result, store.outcomes(result.result_id)) for result in elsewhere],
+    )
     return Summary(
         run_id=run_id,
         model=prepared.loaded.record.name,
@@ -111,31 +121,37 @@ def summarise(
         sa=records[0].clean_accuracy,
         headlines=headlines,
         ra_worst=float(np.mean(worst)),
-        flags=tuple(overstated(by_view)),
+        flags=(*overstated(by_view), *passive, *seen),
         results=tuple(records),
         reused=reused,
         precision=prepared.spec.precision,
     )
 
 
-def comparable(store: Store, prepared: Prepared) -> list[StoredResult]:
-    """Every finished result of these weights on these samples under this threat model, whatever command made it.
+def comparable(store: Store, prepared: Prepared) -> tuple[list[StoredResult], list[StoredResult]]:
+    """Every finished result of these weights on these samples, whatever command made it.
 
     Results of the same weights in another program, by a setting or a change of the model's file, are another model's.
+
+    Returns: those under this threat model, and those of this command's attacks at other radii.
     """
-    loaded = prepared.loaded
-    found = store.results(model=loaded.record.name, checkpoint_sha=loaded.checkpoint.sha256)
-    wanted = _measured_on(prepared.protocol), loaded.code
-    return [
-        result
-        for result in found
-        if (_measured_on(result.protocol), result.environment.get("code", loaded.code)) == wanted
-    ]
+    loaded, protocol = prepared.loaded, prepared.protocol
+    wanted = _measured_on(protocol), loaded.code
+    attacks = {(cell.attack, cell.view) for _, cell in prepared.cells}
+    here, elsewhere = [], []
+    for result in store.results(model=loaded.record.name, checkpoint_sha=loaded.checkpoint.sha256):
+        if (_measured_on(result.protocol), result.environment.get("code", loaded.code)) != wanted:
+            continue
+        if result.protocol.threat == protocol.threat:
+            here.append(result)
+        elif (result.cell.attack, result.cell.view) in attacks and result.protocol.threat.norm == protocol.threat.norm:
+            elsewhere.append(result)
+    return here, elsewhere
 
 
-def _measured_on(protocol: ProtocolRecord) -> tuple[str, ThreatModel, str]:
-    """What makes two protocols the same; the data is what it holds, not the path it was read from."""
-    return protocol.data_sha256, protocol.threat, protocol.version
+def _measured_on(protocol: ProtocolRecord) -> tuple[str, str]:
+    """What makes the samples and rules of two protocols the same; the data is what it holds, not where it was read."""
+    return protocol.data_sha256, protocol.version
 
 
 def overstated(by_view: dict[str, list[Outcomes]]) -> list[Flag]:

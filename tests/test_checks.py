@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from moebench.attacks._engine import Samples
 from moebench.checks import clean_logits
 from moebench.errors import UsageError
+from moebench.flags import BATCH_DEPENDENT, RANDOM_FORWARD, TRAIN_MODE
 from moebench.models import load_model
 
 CLASSES = 4
@@ -55,31 +56,33 @@ def refused(model: nn.Module, *, batch_size: int = 8, num_classes: int = CLASSES
 
 @pytest.mark.parametrize("batch_size", [1, 7, 20, 64])
 def test_honest_model_passes(batch_size: int) -> None:
-    model, given = Flat(9, CLASSES), samples()
-    logits = clean_logits(model, given, CLASSES, batch_size)
-    assert not logits.requires_grad
+    model, given = Flat(9, CLASSES).eval(), samples()
+    logits, findings = clean_logits(model, given, CLASSES, batch_size)
+    assert not logits.requires_grad and findings == ()
     torch.testing.assert_close(logits, model(given.x).detach())
 
 
 def test_honest_moe_and_shipped_architecture_pass() -> None:
     moe = LayeredMoE(9, CLASSES, experts=3).eval()
-    assert clean_logits(moe, samples(), CLASSES, 8).shape == (20, CLASSES)
+    logits, findings = clean_logits(moe, samples(), CLASSES, 8)
+    assert logits.shape == (20, CLASSES) and findings == ()
     torch.manual_seed(0)
     dual = load_model("dual-moe", dataset=None)
-    assert clean_logits(dual, samples(shape=(1, 8, 8)), 10, 8).shape == (20, 10)
+    logits, findings = clean_logits(dual, samples(shape=(1, 8, 8)), 10, 8)
+    assert logits.shape == (20, 10) and findings == ()
 
 
 def test_more_classes_than_the_data_has_are_fine() -> None:
-    assert clean_logits(Flat(9, 7), samples(), CLASSES, 8).shape == (20, 7)
+    assert clean_logits(Flat(9, 7), samples(), CLASSES, 8)[0].shape == (20, 7)
 
 
 def test_half_precision_comes_back_in_float32() -> None:
-    logits = clean_logits(Wrong(lambda z: z.to(torch.bfloat16)).eval(), samples(), CLASSES, 8)
+    logits, _ = clean_logits(Wrong(lambda z: z.to(torch.bfloat16)).eval(), samples(), CLASSES, 8)
     assert logits.dtype == torch.float32
 
 
 def test_logits_between_zero_and_one_are_no_probabilities() -> None:
-    assert clean_logits(Wrong(torch.sigmoid).eval(), samples(), CLASSES, 8).shape == (20, CLASSES)
+    assert clean_logits(Wrong(torch.sigmoid).eval(), samples(), CLASSES, 8)[0].shape == (20, CLASSES)
     clean_logits(Wrong(lambda z: z.log_softmax(1)).eval(), samples(), CLASSES, 8)
 
 
@@ -120,18 +123,59 @@ def test_spoilt_last_batch_is_found() -> None:
 # --- outputs that depend on more than the image
 
 
-def test_random_output_is_refused() -> None:
+def found(model: nn.Module, batch_size: int = 8) -> dict[str, str]:
+    flags = clean_logits(model.eval(), samples(), CLASSES, batch_size)[1]
+    assert all("\n" not in flag.evidence for flag in flags)
+    return {flag.code: flag.evidence for flag in flags}
+
+
+@pytest.mark.parametrize("batch_size", [1, 8, 64])
+def test_random_output_is_a_finding(batch_size: int) -> None:
     torch.manual_seed(0)
-    message = refused(Wrong(lambda z: z + 0.01 * torch.randn_like(z)))
-    assert "different logits for the same images (by up to 0.0" in message
-    assert "dropout, noise" in refused(Wrong(lambda z: F.dropout(z, 0.5, training=True)))
+    flags = found(Wrong(lambda z: z + 0.01 * torch.randn_like(z)), batch_size)
+    assert list(flags) == [RANDOM_FORWARD]
+    assert "differ by up to 0.0" in flags[RANDOM_FORWARD] and "--eot N" in flags[RANDOM_FORWARD]
+    assert list(found(Wrong(lambda z: F.dropout(z, 0.5, training=True)), batch_size)) == [RANDOM_FORWARD]
 
 
-def test_batch_dependent_output_is_refused() -> None:
-    wanted = "the model's logits for an image change with the other images of the batch"
-    assert wanted in refused(Wrong(lambda z: z - z.mean(0)))
-    capacity = Wrong(lambda z: torch.cat((z[:6], torch.zeros_like(z[6:]))))
-    assert wanted in refused(capacity)
+@pytest.mark.parametrize("batch_size", [1, 8, 64])
+def test_batch_dependent_output_is_a_finding(batch_size: int) -> None:
+    assert list(found(Wrong(lambda z: z - z.mean(0)), batch_size)) == [BATCH_DEPENDENT]
+
+
+def test_a_capacity_that_drops_is_a_finding() -> None:
+    dropping = Wrong(lambda z: torch.cat((z[:6], torch.zeros_like(z[6:]))))
+    flags = found(dropping)
+    assert list(flags) == [BATCH_DEPENDENT] and "8 images alone and together" in flags[BATCH_DEPENDENT]
+
+
+class Modes(nn.Module):
+    """Dropout that is switched on for the forward pass, or that eval() does not reach; at rate 0 it changes nothing."""
+
+    def __init__(self, *, switching: bool) -> None:
+        super().__init__()
+        self.inner, self.drop, self.switching = Flat(9, CLASSES), nn.Dropout(0.0), switching
+
+    def train(self, mode: bool = True) -> Modes:
+        super().train(mode)
+        self.drop.train(not self.switching or mode)
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.switching:
+            return self.drop(self.inner(x))  # type: ignore[no-any-return]
+        self.drop.train()
+        out: Tensor = self.drop(self.inner(x))
+        self.drop.eval()
+        return out
+
+
+@pytest.mark.parametrize("switching", [True, False])
+def test_modules_in_train_mode_are_a_finding(switching: bool) -> None:
+    model = Modes(switching=switching).eval()
+    flags = found(model)
+    assert flags == {TRAIN_MODE: "1 of 4 modules run in train mode: drop (Dropout)"}
+    assert not any(module._forward_pre_hooks for module in model.modules())
 
 
 def test_batch_normalisation_in_train_mode_is_refused() -> None:

@@ -70,6 +70,7 @@ NUMERIC_OPTIONS = {
 @database_option
 @click.option("--save-adv", type=click.Path(path_type=Path), metavar="FILE", help="Write the adversarial images (npz).")
 @click.option("--fresh", is_flag=True, help="Compute again what the database already has.")
+@click.option("--no-trust", is_flag=True, help="Leave out the probes for gradient masking after the attacks.")
 @click.option("--dry-run", is_flag=True, help="Only say what would be computed, and how many passes at most.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
 @debug_option
@@ -83,6 +84,7 @@ def evaluate_command(
     settings: tuple[str, ...],
     as_json: bool,
     dry_run: bool,
+    no_trust: bool,
     **options: Any,
 ) -> None:
     """Attack a model and store what is left of its accuracy."""
@@ -99,7 +101,8 @@ def evaluate_command(
 
     spec = EvalSpec(
         model=model, dataset=dataset, attacks=attacks, views=views, eps=next(iter(radii), None),
-        settings=parse_settings(settings), command=command(next(iter(radii.values()), None)), **options,
+        settings=parse_settings(settings), command=command(next(iter(radii.values()), None)), trust=not no_trust,
+        **options,
     )  # fmt: skip
     if len(radii) > 1:
         commands = dict(zip(radii, map(command, _texts(radii, cold, spec)), strict=True))
@@ -235,7 +238,9 @@ def _print(summary: Summary, spec: EvalSpec) -> None:
     for line in results_lines(summary.results, console.width):
         console.print(line)
     for flag in summary.flags:
-        console.print(f"[yellow]flag[/yellow] {flag.code}: {_plain(flag.evidence)}")
+        console.print(f"[yellow]flag[/yellow] {_plain(flag.code)}: {_plain(flag.evidence)}")
+    if summary.flags:
+        console.print(f"What a flag means and what to try: moebench show {summary.run_id}")
     if summary.reused:
         what = "All" if summary.reused == len(summary.results) else f"{summary.reused} of {len(summary.results)}"
         console.print(f"{what} results were in the database already and not computed again (--fresh does).")

@@ -8,6 +8,7 @@ import click
 
 from moebench.commands._options import database_option, debug_option
 from moebench.errors import UsageError
+from moebench.flags import meaning
 from moebench.registry import model_registry
 from moebench.schema import WARM_START, format_eps
 
@@ -79,7 +80,11 @@ def _show_run(run: StoredRun) -> None:
                 f"load {_loads(layer.load_clean)} → {_loads(layer.load_adv)}"
             )
     for flag in run.flags:
-        console.print(f"  [yellow]flag[/yellow] {flag.code}: {escape(flag.evidence)}")
+        console.print(f"  [yellow]flag[/yellow] {escape(flag.code)}: {escape(flag.evidence)}")
+        said = meaning(flag.code)
+        if said is not None:
+            console.print(f"    means  {escape(said.meaning)}")
+            console.print(f"    try    {escape(said.advice)}")
     if run.reused:
         console.print(f"  {run.reused} of these results were computed by earlier runs")
 

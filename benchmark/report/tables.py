@@ -24,6 +24,7 @@ from moebench.report.evidence import (
 from moebench.report.missed import Missed, missed
 from moebench.report.text import digest, percent, slug
 from moebench.schema import OVERSTATED_RA, CheckpointRecord, Claim, ModelRecord, ProtocolRecord, StoredResult, StoredRun
+from moebench.trust import passive_flags
 
 RANKING_ATTACK = "autoattack"
 OVERSTATED = "over-stated RA"
@@ -299,10 +300,15 @@ def _marks(cells: Sequence[Evidence], runs: Sequence[StoredRun]) -> tuple[Mark, 
     stored = cells[0].stored
     where = (stored.model.name, stored.checkpoint.sha256, group_key(stored.protocol))
     found = {*overstated(cells), *_clean_differs(cells)}
+    passive = passive_flags((one.stored, one.outcomes) for one in cells)
+    # A run knows only the attacks of its time; what outcomes can say is decided here, from all of them, and of what
+    # else runs have flagged the last word of each code counts.
+    last = {flag.code: flag for flag in passive}
+    decided = {OVERSTATED_RA, *last}
     for run in runs:
         if (run.model.name, run.checkpoint.sha256, group_key(run.protocol)) == where:
-            # A run knows only its own attacks; whether RA is over-stated is decided above, from all of them.
-            found.update(Mark(flag.code, flag.evidence) for flag in run.flags if flag.code != OVERSTATED_RA)
+            last |= {flag.code: flag for flag in run.flags if flag.code not in decided}
+    found.update(Mark(flag.code, flag.evidence) for flag in last.values())
     return tuple(sorted(found, key=lambda mark: (mark.code, mark.words)))
 
 

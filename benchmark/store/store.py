@@ -206,6 +206,12 @@ class Store:
             row = session.scalars(queries.finished().where(ResultRow.fingerprint == fingerprint).limit(1)).first()
             return None if row is None else records.stored_result(row)
 
+    def twin_runs(self, fingerprint: str) -> list[StoredRun]:
+        """The finished runs of exactly these cells, newest first."""
+        query = queries.all_runs().where(RunRow.fingerprint == fingerprint, RunRow.status == "done")
+        with self._database.reading() as session:
+            return [records.stored_run(row) for row in session.scalars(query)][::-1]
+
     def results(
         self,
         *,
