@@ -103,7 +103,7 @@ def sweep(
         RunError: the work failed on the way; what was finished is kept.
     """
     levels = prepare_levels(spec, radii, cold=cold, commands=commands)
-    warm = None if cold else WarmStarts()
+    warm = None if cold or spec.engine != "native" else WarmStarts()
     done: list[Summary] = []
     with Store.open(spec.db, write=True) as store:
         for number, level in enumerate(levels):
