@@ -19,6 +19,7 @@ from moebench.commands._options import (
     seed_option,
     settings_option,
     split_names,
+    training_options,
 )
 from moebench.errors import RunError, UsageError
 from moebench.registry import attack_registry, model_registry
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
 )  # fmt: skip
 @click.option("--weights", type=click.Path(path_type=Path), metavar="FILE", help="Weights instead of the shipped ones.")
 @settings_option
+@training_options
 @database_option
 @click.option("--save-adv", type=click.Path(path_type=Path), metavar="FILE", help="Write the adversarial images (npz).")
 @click.option("--fresh", is_flag=True, help="Compute again what the database already has.")
@@ -68,7 +70,7 @@ def evaluate_command(
     """Attack a model and store what is left of its accuracy."""
     radius = None if eps is None else parse_eps(eps)
     attacks, views = split_names(attack), split_names(view)
-    _check_names(model, attacks, views)
+    check_names(model, attacks, views)
 
     from moebench.evaluation import EvalSpec, evaluate
 
@@ -81,7 +83,7 @@ def evaluate_command(
         return
     from moebench.commands._progress import listening
 
-    with listening() as listener, _users_code():
+    with listening() as listener, users_code():
         summary = evaluate(spec, listener)
     if as_json:
         click.echo(json.dumps(summary.to_json()))
@@ -106,15 +108,16 @@ def command_line(
         words += ["--norm", options["norm"]]
     if eps is not None:
         words += ["--eps", eps]
-    for key, default in (("n", None), ("batch_size", None), ("seed", 0), ("engine", "native"), ("weights", None)):
-        if options[key] != default:
+    defaults = {"n": None, "batch_size": None, "seed": 0, "engine": "native", "weights": None}
+    for key, default in {**defaults, "train_data": None, "train_n": None}.items():
+        if options.get(key, default) != default:
             words += [f"--{key.replace('_', '-')}", str(options[key])]
     for pair in settings:
         words += ["--set", pair]
     return shlex.join(words)
 
 
-def _check_names(model: str, attacks: tuple[str, ...], views: tuple[str, ...]) -> None:
+def check_names(model: str, attacks: tuple[str, ...], views: tuple[str, ...]) -> None:
     """Wrong names are answered before torch is imported."""
     if ":" not in model and model not in model_registry():
         hint = f" (a file is given as {model}:FACTORY)" if model.endswith(".py") else ""
@@ -127,7 +130,7 @@ def _check_names(model: str, attacks: tuple[str, ...], views: tuple[str, ...]) -
 
 
 @contextmanager
-def _users_code() -> Iterator[None]:
+def users_code() -> Iterator[None]:
     """What a user's model prints must not mix with the results, and its sys.exit must not pass for ours."""
     try:
         with redirect_stdout(sys.stderr):
@@ -139,7 +142,7 @@ def _users_code() -> Iterator[None]:
 def _dry_run(spec: EvalSpec, as_json: bool) -> None:
     from moebench.evaluation import plan_only
 
-    with _users_code():
+    with users_code():
         planned = plan_only(spec)
     if as_json:
         click.echo(json.dumps({"cells": [cell.to_json() for cell in planned]}))
