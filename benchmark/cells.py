@@ -14,7 +14,10 @@ from moebench.attacks._base import Attack, AttackPlan
 from moebench.attacks._engine import Engine, Finished, Samples
 from moebench.attacks._passes import Expectation, batches
 from moebench.attacks._reference import run_reference
+from moebench.attacks._training import TrainedAttack
 from moebench.attacks._views import make_view
+from moebench.datasets import Dataset
+from moebench.fitting import CRAFTING, fit_stage, shared_out
 from moebench.metrics import wilson
 from moebench.routing import RoutingProbe
 from moebench.schema import WARM_START, CellSpec, Chunk, Precision, ResultRecord, ThreatModel
@@ -32,7 +35,7 @@ class CellWork:
     `search` gives the logits of `model` faster; the attack runs on it, success is judged on `model`. `clean_pred`
     (N,) are the whole model's predictions; `draws` are the passes averaged for a model that is random; `tell(stage,
     done, n, standing)` reports progress. `found` gives samples (m,) and adversarial images (m, C, H, W) that are known
-    from a smaller radius; they are judged before any attack.
+    from a smaller radius; they are judged before any attack. `training` is what attacks that learn first are fitted on.
     """
 
     plan: AttackPlan
@@ -46,6 +49,7 @@ class CellWork:
     tell: Tell
     draws: int = 1
     found: Found | None = None
+    training: Dataset | None = None
 
 
 @dataclass
@@ -170,6 +174,8 @@ class _CellRunner:
         index = todo.nonzero().squeeze(1)
         if len(index) == 0:
             return
+        if isinstance(stage, TrainedAttack):
+            stage = self._fitted(stage, index)
         total, decided_now = len(index), 0
 
         def sink(finished: Finished) -> None:
@@ -183,6 +189,37 @@ class _CellRunner:
             run_reference(stage, self.engine, index, sink)
         else:
             self.engine.run_stage(stage, index, sink, search=search)
+
+    def _fitted(self, stage: TrainedAttack, index: Tensor) -> TrainedAttack:
+        """The stage fitted on the training data; what that cost is committed as a stage of its own.
+
+        A chunk counts passes per sample, so the cost is shared out among the samples that are attacked next.
+        """
+        work, name = self.work, f"{stage.stage}{CRAFTING}"
+        standing = int((~self.outcome.broken).sum())
+        if stage.fitted is None:
+            assert work.training is not None
+            stage = fit_stage(
+                stage, work.training, model=work.model, search=work.search, view=work.cell.view, threat=work.threat,
+                seed=work.cell.seed, device=index.device, tell=lambda done, all_: work.tell(name, done, all_, standing),
+            )  # fmt: skip
+        assert stage.fitted is not None
+        if name not in self.done:
+            chunk = Chunk(
+                stage=name,
+                index=_int64(index),
+                broken=np.zeros(len(index), np.bool_),
+                clean_pred=_int64(work.clean_pred[index]),
+                adv_pred=_int64(work.clean_pred[index]),
+                distance=np.zeros(len(index), np.float32),
+                forwards=shared_out(stage.fitted.forwards, len(index)),
+                backwards=shared_out(stage.fitted.backwards, len(index)),
+                seconds=stage.fitted.seconds,
+            )
+            self._commit(chunk)
+        self.outcome.stages[name]["train_n"] = stage.fitted.n
+        self.outcome.stages[name]["train_fooling_rate"] = stage.fitted.fooling_rate
+        return stage
 
     def finish(self) -> tuple[ResultRecord, CellOutcome]:
         """The aggregate, checked and stored."""
@@ -231,6 +268,9 @@ class _CellRunner:
             seconds=finished.seconds + time.perf_counter() - begin,
             extras=extras,
         )
+        self._commit(chunk)
+
+    def _commit(self, chunk: Chunk) -> None:
         self._book(chunk)
         if self.store is not None and self.result_id is not None:
             self.store.append_chunk(self.result_id, chunk)

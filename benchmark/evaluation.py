@@ -23,6 +23,7 @@ from moebench.cells import CellOutcome, CellWork, run_cell, searches
 from moebench.checks import clean_logits, expected_logits
 from moebench.datasets import Dataset, load_dataset
 from moebench.errors import MoebenchError, RunError, UsageError
+from moebench.fitting import fit_budget, is_trained, load_training
 from moebench.flags import RANDOM_FORWARD
 from moebench.loading import LoadedModel, load
 from moebench.probes import VERSION, active_flags
@@ -50,7 +51,9 @@ class EvalSpec:
 
     `batch_size` None fits the device. `draws` are the passes averaged for a model that is random; `compiled` tries
     torch.compile on the search. `views` is empty for the model's default views, `eps` None for the data
-    set's default radius, `n` None for all samples. `trust` has the model probed after the attacks.
+    set's default radius, `n` None for all samples. `trust` has the model probed after the attacks. `train_data` names
+    what attacks that need training data are made on (None for the train split of `dataset`), and `train_n` how much of
+    it.
     """
 
     model: str
@@ -74,6 +77,8 @@ class EvalSpec:
     trust: bool = True
     save_adv: Path | None = None
     command: str = ""
+    train_data: str | None = None
+    train_n: int | None = None
 
 
 @dataclass(frozen=True)
@@ -95,7 +100,10 @@ Listener = Callable[[Progress], None]
 
 @dataclass(frozen=True)
 class Prepared:
-    """An evaluation that has passed every check and not yet attacked anything; `findings` are doubts, not refusals."""
+    """An evaluation that has passed every check and not yet attacked anything.
+
+    `findings` are doubts, not refusals. `training` is None where no attack needs training data.
+    """
 
     spec: EvalSpec
     dataset: Dataset
@@ -108,6 +116,7 @@ class Prepared:
     protocol: ProtocolRecord
     cells: tuple[tuple[AttackPlan, CellSpec], ...]
     findings: tuple[Flag, ...] = ()
+    training: Dataset | None = None
 
 
 def evaluate(spec: EvalSpec, listener: Listener | None = None) -> Summary:
@@ -122,9 +131,14 @@ def evaluate(spec: EvalSpec, listener: Listener | None = None) -> Summary:
         UsageError: something that was asked for cannot be done; nothing is written.
         RunError: the work failed on the way; what was finished is kept.
     """
-    prepared = prepare(spec, parse_attacks(spec.attacks))
+    return run_prepared(prepare(spec, parse_attacks(spec.attacks)), listener)
+
+
+def run_prepared(prepared: Prepared, listener: Listener | None = None) -> Summary:
+    """Runs or reuses the cells of a prepared evaluation, and stores what comes out; errors as in `evaluate`."""
+    spec = prepared.spec
     if spec.save_adv is not None:
-        _check_writable(spec.save_adv)
+        check_writable(spec.save_adv)
     with Store.open(spec.db, write=True) as store:
         return run(prepared, store, listener)
 
@@ -141,6 +155,7 @@ def prepare(spec: EvalSpec, plans: Sequence[AttackPlan]) -> Prepared:
     _check_numbers(spec)
     dataset = load_dataset(spec.dataset, n=spec.n)
     threat = dataset.default_threat(spec.norm) if spec.eps is None else ThreatModel(spec.norm, spec.eps)
+    training = load_training(plans, dataset, spec.train_data, spec.train_n)
     torch.manual_seed(spec.seed)
     loaded = load(spec.model, dataset, weights=spec.weights, settings=spec.settings, device=spec.device)
     samples = to_samples(dataset.images, dataset.labels, dataset.ids, spec.device)
@@ -160,12 +175,14 @@ def prepare(spec: EvalSpec, plans: Sequence[AttackPlan]) -> Prepared:
     protocol = ProtocolRecord(
         dataset.name, dataset.split, dataset.sha256, len(dataset), dataset.num_classes, dataset.class_names, threat
     )
-    cells = plan_cells(spec, plans, loaded, protocol)
+    cells = plan_cells(spec, plans, loaded, protocol, training)
     search = SearchCopy(loaded.module, {})
     if spec.engine == "native":
         search = search_copy(loaded.module, samples.x[:batch_size], compiled=spec.compiled)
     clean_pred = logits.argmax(dim=1)
-    return Prepared(spec, dataset, loaded, search, batch_size, threat, samples, clean_pred, protocol, cells, findings)
+    return Prepared(
+        spec, dataset, loaded, search, batch_size, threat, samples, clean_pred, protocol, cells, findings, training
+    )
 
 
 def _check_numbers(spec: EvalSpec) -> None:
@@ -181,7 +198,11 @@ def _check_numbers(spec: EvalSpec) -> None:
 
 
 def plan_cells(
-    spec: EvalSpec, plans: Sequence[AttackPlan], loaded: LoadedModel, protocol: ProtocolRecord
+    spec: EvalSpec,
+    plans: Sequence[AttackPlan],
+    loaded: LoadedModel,
+    protocol: ProtocolRecord,
+    training: Dataset | None = None,
 ) -> tuple[tuple[AttackPlan, CellSpec], ...]:
     """Every (attack, view) that the command asks for, with its fingerprint."""
     cells = []
@@ -191,7 +212,7 @@ def plan_cells(
             check_view(view, loaded.module)
             if spec.engine == "reference":
                 check_reference(plan, view)
-            cells.append((plan, _cell(plan, view, spec, loaded, protocol)))
+            cells.append((plan, _cell(plan, view, spec, loaded, protocol, training)))
     return tuple(cells)
 
 
@@ -207,10 +228,20 @@ def _views_of(plan: AttackPlan, spec: EvalSpec, loaded: LoadedModel) -> Sequence
     return plan.views
 
 
-def _cell(plan: AttackPlan, view: str, spec: EvalSpec, loaded: LoadedModel, protocol: ProtocolRecord) -> CellSpec:
+def _cell(
+    plan: AttackPlan,
+    view: str,
+    spec: EvalSpec,
+    loaded: LoadedModel,
+    protocol: ProtocolRecord,
+    training: Dataset | None,
+) -> CellSpec:
     parameters = plan.parameters()
     if spec.draws > 1:
         parameters["eot"] = spec.draws
+    if is_trained(plan):
+        assert training is not None
+        parameters["training data"] = {"sha256": training.sha256, "n": len(training)}
     facts = {
         "model": loaded.record.name,
         "weights": loaded.checkpoint.sha256,
@@ -259,7 +290,7 @@ def run(prepared: Prepared, store: Store, listener: Listener | None, warm: WarmS
     try:
         for number, (plan, cell) in enumerate(prepared.cells, start=1):
             stored = None if spec.fresh else store.reusable(cell.fingerprint)
-            work = _work(prepared, plan, cell, number, listener)
+            work = cell_work(prepared, plan, cell, number, listener)
             if warm is not None:
                 work = warm.given(work)
             if stored is not None:
@@ -298,7 +329,9 @@ def _fail(store: Store, run_id: str, error: BaseException, seconds: float) -> No
         store.finish_run(run_id, "failed", seconds=seconds, error=text.splitlines()[0])
 
 
-def _work(prepared: Prepared, plan: AttackPlan, cell: CellSpec, number: int, listener: Listener | None) -> CellWork:
+def cell_work(prepared: Prepared, plan: AttackPlan, cell: CellSpec, number: int, listener: Listener | None) -> CellWork:
+    """What it takes to run one of the prepared cells, the `number`-th."""
+
     def tell(stage: str, done: int, n: int, standing: int) -> None:
         if listener is not None:
             listener(Progress(number, len(prepared.cells), plan.name, cell.view, stage, done, n, standing))
@@ -314,6 +347,7 @@ def _work(prepared: Prepared, plan: AttackPlan, cell: CellSpec, number: int, lis
         batch_size=prepared.batch_size,
         tell=tell,
         draws=prepared.spec.draws,
+        training=prepared.training,
     )
 
 
@@ -348,20 +382,18 @@ def save_adversarial(path: Path, prepared: Prepared, outcomes: Sequence[CellOutc
         temporary.unlink(missing_ok=True)
 
 
-def _check_writable(path: Path) -> None:
+def check_writable(path: Path, option: str = "--save-adv") -> None:
     """Refuses an output file that could not be written after hours of work."""
     if path.is_dir():
-        raise UsageError(f"--save-adv takes a file, and {path} is a folder")
+        raise UsageError(f"{option} takes a file, and {path} is a folder")
     if path.exists() and not path.is_file():
-        raise UsageError(f"--save-adv takes an ordinary file, and {path} is none; name another")
+        raise UsageError(f"{option} takes an ordinary file, and {path} is none; name another")
     probe = path.with_name(f".{path.name}.probe")
     try:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise UsageError(
-            f"cannot write {path}: {error.strerror or error}; choose another place for --save-adv"
-        ) from None
+        raise UsageError(f"cannot write {path}: {error.strerror or error}; choose another place for {option}") from None
 
 
 @dataclass(frozen=True)
@@ -389,7 +421,7 @@ def planned_cells(prepared: Prepared) -> list[PlannedCell]:
     """The cells of a prepared evaluation, with what each can cost and whether it is stored."""
     spec = prepared.spec
     correct = int((prepared.clean_pred == prepared.samples.y).sum())
-    stored = _stored_fingerprints(spec) if not spec.fresh else set()
+    stored = stored_fingerprints(spec) if not spec.fresh else set()
     planned = []
     for plan, cell in prepared.cells:
         budgets = [stage.budget() for stage, _ in searches(plan, spec.precision)]
@@ -398,13 +430,14 @@ def planned_cells(prepared: Prepared) -> list[PlannedCell]:
         # An image that is taken over is judged in one pass.
         forwards += WARM_START in cell.parameters
         there = cell.fingerprint in stored
-        planned.append(
-            PlannedCell(plan.name, cell.view, len(prepared.samples), correct * forwards, correct * backwards, there)
-        )
+        more = fit_budget(plan, prepared.training)
+        passes = correct * forwards + more[0], correct * backwards + more[1]
+        planned.append(PlannedCell(plan.name, cell.view, len(prepared.samples), *passes, there))
     return planned
 
 
-def _stored_fingerprints(spec: EvalSpec) -> set[str]:
+def stored_fingerprints(spec: EvalSpec) -> set[str]:
+    """The fingerprints of all finished cells of the database that a command names."""
     try:
         with Store.open(spec.db, write=False) as store:
             return {result.cell.fingerprint for result in store.results()}

@@ -162,7 +162,8 @@ def test_every_attack_does_something(name: str, norm: Norm) -> None:
     """At a radius of half the pixel range hardly a sample of an undefended model stands."""
     eps = 0.5 if norm == "Linf" else 4.0
     _, out = run(name, "whole", norm, digits(40), threat=ThreatModel(norm, eps))
-    assert out.accuracy < 0.3
+    # One perturbation for all images is weaker than one per image.
+    assert out.accuracy < (0.65 if name.startswith("universal") else 0.3)
 
 
 @pytest.mark.parametrize("name", list_attacks())

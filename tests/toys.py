@@ -17,6 +17,7 @@ from moebench.attacks import AttackPlan, list_attacks, load_attack
 from moebench.attacks._base import Attack, Loss, Oracle, Rows
 from moebench.attacks._engine import Engine, Finished, Samples, to_samples
 from moebench.attacks._random import sample_keys
+from moebench.attacks._training import TrainedAttack, Training
 from moebench.attacks._views import View, make_view
 from moebench.datasets import load_dataset
 from moebench.models._moe import MoELayer, RoutedModel
@@ -307,11 +308,16 @@ def attack(
     view: str = "whole",
     **options: Any,
 ) -> Attacked:
-    """Runs the stages one after the other on the samples still standing, as an evaluation does."""
+    """Runs the stages one after the other on the samples still standing, as an evaluation does.
+
+    Stages that learn are fitted on the first training digits.
+    """
     engine = make_engine(model, samples, threat, view, **options)
     n = len(samples)
     out = Attacked(torch.zeros(n, dtype=torch.bool), samples.y.clone(), samples.x.clone())
     for stage in stages:
+        if isinstance(stage, TrainedAttack):
+            stage = stage.fit(make_training(model, threat, view, seed=options.get("seed", 0)))
         handed = torch.zeros(n, dtype=torch.int64)
         out.handed.append(handed)
 
@@ -325,7 +331,20 @@ def attack(
     return out
 
 
-SMALL = {"steps": 4, "queries": 25, "target_classes": 3, "pairs": 6}
+def make_training(
+    model: nn.Module, threat: ThreatModel, view: str = "whole", *, n: int = 60, seed: int = 0
+) -> Training:
+    """The first n training digits, as a stage that learns sees them."""
+    return Training(training_digits(n), make_view(view, model), model, threat, seed)
+
+
+@lru_cache
+def training_digits(n: int) -> Samples:
+    data = load_dataset("digits", split="train", n=n)
+    return to_samples(data.images, data.labels, data.ids, "cpu")
+
+
+SMALL = {"steps": 4, "queries": 25, "target_classes": 3, "pairs": 6, "epochs": 3, "restarts": 1}
 """A budget under which every attack still goes through all its motions."""
 
 

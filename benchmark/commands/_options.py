@@ -64,6 +64,18 @@ def parse_settings(pairs: tuple[str, ...]) -> dict[str, Any]:
     return settings
 
 
+def training_options(function: Decorated) -> Decorated:
+    """What attacks that learn first are made on."""
+    function = click.option(
+        "--train-n", type=int, metavar="N", help="Make universal perturbations on the first N training samples only."
+    )(function)
+    return click.option(
+        "--train-data",
+        metavar="NAME",
+        help="What universal perturbations are made on [default: the train split of --dataset].",
+    )(function)
+
+
 def split_names(text: str) -> tuple[str, ...]:
     """The parts of a comma-separated list, blanks removed."""
     return tuple(part.strip() for part in text.split(",") if part.strip())

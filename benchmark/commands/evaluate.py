@@ -19,6 +19,7 @@ from moebench.commands._options import (
     seed_option,
     settings_option,
     split_names,
+    training_options,
 )
 from moebench.errors import RunError, UsageError
 from moebench.registry import attack_registry, model_registry
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 NUMERIC_OPTIONS = {
     "n": None, "batch_size": None, "seed": 0, "engine": "native", "precision": "float32", "draws": 1, "weights": None,
+    "train_data": None, "train_n": None,
 }  # fmt: skip
 """Options that numbers depend on, by the name of their parameter, with their defaults."""
 
@@ -67,6 +69,7 @@ NUMERIC_OPTIONS = {
 @click.option("--compile", "compiled", is_flag=True, help="Try torch.compile on the search.")
 @click.option("--weights", type=click.Path(path_type=Path), metavar="FILE", help="Weights instead of the shipped ones.")
 @settings_option
+@training_options
 @database_option
 @click.option("--save-adv", type=click.Path(path_type=Path), metavar="FILE", help="Write the adversarial images (npz).")
 @click.option("--fresh", is_flag=True, help="Compute again what the database already has.")
@@ -92,7 +95,7 @@ def evaluate_command(
     for radius in radii:
         ThreatModel(options["norm"], radius)
     attacks, views = split_names(attack), split_names(view)
-    _check_names(model, attacks, views)
+    check_names(model, attacks, views)
 
     from moebench.evaluation import EvalSpec, evaluate
 
@@ -113,7 +116,7 @@ def evaluate_command(
         return
     from moebench.commands._progress import listening
 
-    with listening() as listener, _users_code():
+    with listening() as listener, users_code():
         summary = evaluate(spec, listener)
     if as_json:
         click.echo(json.dumps(summary.to_json()))
@@ -135,11 +138,11 @@ def _sweep(spec: EvalSpec, commands: dict[float, str], *, cold: bool, as_json: b
 
     radii = list(commands)
     if dry_run:
-        with _users_code():
+        with users_code():
             planned = plan_sweep(spec, radii, cold=cold)
         _say_planned_sweep(planned, as_json)
         return
-    with listening() as listener, _users_code():
+    with listening() as listener, users_code():
         found = sweep(spec, radii, cold=cold, commands=commands, listener=listener)
     if as_json:
         click.echo(json.dumps(found.to_json()))
@@ -165,14 +168,14 @@ def command_line(
     if eps is not None:
         words += ["--eps", eps]
     for key, default in NUMERIC_OPTIONS.items():
-        if options[key] != default:
+        if options.get(key, default) != default:
             words += [f"--{'eot' if key == 'draws' else key.replace('_', '-')}", str(options[key])]
     for pair in settings:
         words += ["--set", pair]
     return shlex.join(words)
 
 
-def _check_names(model: str, attacks: tuple[str, ...], views: tuple[str, ...]) -> None:
+def check_names(model: str, attacks: tuple[str, ...], views: tuple[str, ...]) -> None:
     """Wrong names are answered before torch is imported."""
     if ":" not in model and model not in model_registry():
         hint = f" (a file is given as {model}:FACTORY)" if model.endswith(".py") else ""
@@ -185,7 +188,7 @@ def _check_names(model: str, attacks: tuple[str, ...], views: tuple[str, ...]) -
 
 
 @contextmanager
-def _users_code() -> Iterator[None]:
+def users_code() -> Iterator[None]:
     """What a user's model prints must not mix with the results, and its sys.exit must not pass for ours."""
     try:
         with redirect_stdout(sys.stderr):
@@ -197,7 +200,7 @@ def _users_code() -> Iterator[None]:
 def _dry_run(spec: EvalSpec, as_json: bool) -> None:
     from moebench.evaluation import plan_only
 
-    with _users_code():
+    with users_code():
         planned = plan_only(spec)
     if as_json:
         click.echo(json.dumps({"cells": [cell.to_json() for cell in planned]}))

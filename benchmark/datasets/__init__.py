@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from moebench.datasets._base import DATASETS, Dataset, Request, Samples, load_dataset, register_dataset
+from moebench.datasets._base import DATASETS, Dataset, MissingSplit, Request, Samples, load_dataset, register_dataset
 
-__all__ = ["DATASETS", "Dataset", "Request", "Samples", "load_dataset", "register_dataset"]
+__all__ = ["DATASETS", "Dataset", "MissingSplit", "Request", "Samples", "load_dataset", "register_dataset"]

@@ -20,6 +20,10 @@ SINGLE_SPLIT = "all"
 DEFAULT_EPS: Mapping[Norm, float] = {"Linf": 8 / 255, "L2": 0.5}
 
 
+class MissingSplit(UsageError):
+    """The source does not have the split that was asked for."""
+
+
 @dataclass(frozen=True, eq=False)
 class Dataset:
     """The samples of one split, in the split's order.
@@ -85,13 +89,13 @@ class Request:
         """The split to load. A source with the single split "all" serves it where "test" is asked for.
 
         Raises:
-            UsageError: the source has no such split.
+            MissingSplit: the source has no such split.
         """
         if self.split in available:
             return self.split
         if list(available) == [SINGLE_SPLIT] and self.split == "test":
             return SINGLE_SPLIT
-        raise UsageError(f"data set {self.name} has no split {self.split!r}; it has {', '.join(available)}")
+        raise MissingSplit(f"data set {self.name} has no split {self.split!r}; it has {', '.join(available)}")
 
     def count(self, total: int) -> int:
         """How many samples to keep of a split that has `total`.
