@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from typing_extensions import override
 
 from moebench.attacks._base import Attack, Loss, Oracle, Rows, State
@@ -121,6 +122,8 @@ class Engine(Oracle):
         seed: of the random starts and proposals.
         flush_seconds: how often finished samples are handed over while a stage runs.
         screen: a faster copy of the model; on views other than the whole, what it calls right is not judged.
+        stop_when_broken: drop a sample once it is broken. Otherwise nothing is judged, every row runs to its end, and
+            of the images that a sample's rows end with the one of highest cross-entropy is kept.
     """
 
     def __init__(
@@ -134,6 +137,7 @@ class Engine(Oracle):
         seed: int = 0,
         flush_seconds: float = 5.0,
         screen: nn.Module | None = None,
+        stop_when_broken: bool = True,
     ) -> None:
         self.threat = threat
         self.view = self.own_view = view
@@ -143,6 +147,7 @@ class Engine(Oracle):
         self.batch_size = batch_size
         self.seed = seed
         self.flush_seconds = flush_seconds
+        self.stop_when_broken = stop_when_broken
         self.model_seconds = 0.0
         count, device = len(samples), samples.x.device
         self.forwards = torch.zeros(count, dtype=torch.int64, device=device)
@@ -152,6 +157,8 @@ class Engine(Oracle):
         self.rank = torch.full((count,), -1, dtype=torch.int64, device=device)
         self.adv_pred = samples.y.clone()
         self.x_adv = samples.x.clone()
+        # Cross-entropy at `x_adv`; kept only where nothing stops a row.
+        self.strength = torch.full((count,), float("-inf"), device=device)
 
     # What an attack asks for.
 
@@ -283,12 +290,31 @@ class Engine(Oracle):
 
     def _retire(self, attack: Attack, state: State, rows: Rows, ended: Tensor) -> Tensor:
         """Keeps the final images of standing samples; returns the positions of the rows that go on."""
+        if not self.stop_when_broken:
+            self._keep_strongest(attack, state, rows, ended)
+            return (~ended).nonzero().squeeze(1)
         standing = (ended & ~self.broken[rows.index] & (rows.rank == 0)).nonzero().squeeze(1)
         if len(standing) > 0:
             # An attack may end outside the ball: FAB looks for the boundary wherever it is.
             final = attack.final(state)[standing]
             self.x_adv[rows.index[standing]] = project(final, rows.x[standing], self.threat)
         return (~ended & self._open(rows)).nonzero().squeeze(1)
+
+    @torch.no_grad()
+    def _keep_strongest(self, attack: Attack, state: State, rows: Rows, ended: Tensor) -> None:
+        """Keeps, of the images that rows end with, each sample's one of highest cross-entropy on the whole model."""
+        at = ended.nonzero().squeeze(1)
+        if len(at) == 0:
+            return
+        index = rows.index[at]
+        final = project(attack.final(state)[at], rows.x[at], self.threat)
+        loss = self._timed(lambda: cross_entropy(self.screen(final), rows.y[at], reduction="none"))
+        self._count(self.forwards, index)
+        order = loss.argsort(descending=True, stable=True)
+        best = order[_first_of_each(index[order])]
+        best = best[loss[best] > self.strength[index[best]]]
+        self.strength[index[best]] = loss[best]
+        self.x_adv[index[best]] = final[best]
 
     def _flush(self, handed: Tensor, unfinished: tuple[Tensor, ...], seconds: float, sink: Sink) -> bool:
         """Hands over what is decided and was not handed over before; says whether there was any.
@@ -328,6 +354,8 @@ class Engine(Oracle):
         Those that seem to succeed are confirmed. On other views than the whole, the view's logits say nothing about
         the whole model, and its copy is asked first.
         """
+        if not self.stop_when_broken:
+            return
         open_rows = self._open(rows)
         if self.view.is_whole:
             open_rows &= logits.argmax(dim=1) != rows.y

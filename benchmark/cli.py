@@ -16,6 +16,7 @@ from moebench.commands.listing import list_command
 from moebench.commands.report import report_command
 from moebench.commands.show import show_command
 from moebench.commands.train import train_command
+from moebench.commands.transfer import transfer_command
 from moebench.errors import MoebenchError
 
 
@@ -26,7 +27,7 @@ def cli() -> None:
     """Adversarial robustness of mixture-of-experts vision models, measured."""
 
 
-for command in (evaluate_command, train_command, list_command, show_command, report_command):
+for command in (evaluate_command, train_command, transfer_command, list_command, show_command, report_command):
     cli.add_command(command)
 
 

@@ -14,9 +14,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from moebench.attacks._base import ATTACKS, AttackPlan
+from moebench.attacks import load_attack
+from moebench.attacks._base import AttackPlan
 from moebench.attacks._engine import Samples, to_samples
 from moebench.attacks._fuse import fused_copy
+from moebench.attacks._library import bind_library
 from moebench.attacks._reference import check_reference
 from moebench.attacks._views import check_view, default_views
 from moebench.cells import CellOutcome, CellWork, run_cell
@@ -114,14 +116,14 @@ def evaluate(spec: EvalSpec, listener: Listener | None = None) -> Summary:
     if spec.save_adv is not None:
         _check_writable(spec.save_adv)
     with Store.open(spec.db, write=True) as store:
-        return _run(prepared, store, listener)
+        return run_prepared(prepared, store, listener)
 
 
 def parse_attacks(names: Sequence[str]) -> list[AttackPlan]:
     """The plans of the named attacks, each once, in the given order."""
     if not names:
         raise UsageError("no attack given; `moebench list attacks` shows all")
-    return [ATTACKS.get(name).plan() for name in dict.fromkeys(names)]
+    return [load_attack(name) for name in dict.fromkeys(names)]
 
 
 def prepare(spec: EvalSpec, plans: Sequence[AttackPlan]) -> Prepared:
@@ -135,17 +137,26 @@ def prepare(spec: EvalSpec, plans: Sequence[AttackPlan]) -> Prepared:
     samples = to_samples(dataset.images, dataset.labels, dataset.ids, spec.device)
     batch_size = spec.batch_size or fitting_batch(dataset.shape, spec.device)
     logits = clean_logits(loaded.module, samples, dataset.num_classes, batch_size)
-    for plan in plans:
-        if logits.shape[1] < plan.min_classes:
-            raise UsageError(
-                f"attack {plan.name!r} needs at least {plan.min_classes} classes; this model has {logits.shape[1]}"
-            )
+    plans = [fit_plan(plan, threat, dataset.shape, logits.shape[1], batch_size) for plan in plans]
     protocol = ProtocolRecord(
         dataset.name, dataset.split, dataset.sha256, len(dataset), dataset.num_classes, dataset.class_names, threat
     )
     cells = plan_cells(spec, plans, loaded, protocol)
     search = fused_copy(loaded.module, samples.x[:batch_size]) if spec.engine == "native" else loaded.module
     return Prepared(spec, dataset, loaded, search, batch_size, threat, samples, logits.argmax(dim=1), protocol, cells)
+
+
+def fit_plan(
+    plan: AttackPlan, threat: ThreatModel, shape: tuple[int, int, int], classes: int, batch_size: int
+) -> AttackPlan:
+    """The attack with all that it takes from the evaluation.
+
+    Raises:
+        UsageError: it does not work for these images, so many classes or this threat model.
+    """
+    if classes < plan.min_classes:
+        raise UsageError(f"attack {plan.name!r} needs at least {plan.min_classes} classes; this model has {classes}")
+    return bind_library(plan, threat, shape, classes, batch_size)
 
 
 def fitting_batch(shape: tuple[int, int, int], device: str) -> int:
@@ -199,7 +210,7 @@ def _cell(plan: AttackPlan, view: str, spec: EvalSpec, loaded: LoadedModel, prot
     return CellSpec(fingerprint(facts), plan.name, parameters, view, spec.seed, spec.engine)
 
 
-def _run(prepared: Prepared, store: Store, listener: Listener | None) -> Summary:
+def run_prepared(prepared: Prepared, store: Store, listener: Listener | None) -> Summary:
     """Runs or reuses every cell inside one stored run."""
     spec, begin = prepared.spec, time.perf_counter()
     run_id = uuid.uuid4().hex[:12]

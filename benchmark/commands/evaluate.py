@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from moebench.commands._names import check_attack_names, check_model_name
 from moebench.commands._options import (
     database_option,
     debug_option,
@@ -20,8 +21,7 @@ from moebench.commands._options import (
     settings_option,
     split_names,
 )
-from moebench.errors import RunError, UsageError
-from moebench.registry import attack_registry, model_registry
+from moebench.errors import RunError
 from moebench.schema import check_view_name, parse_eps
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def evaluate_command(
         return
     from moebench.commands._progress import listening
 
-    with listening() as listener, _users_code():
+    with listening() as listener, users_code():
         summary = evaluate(spec, listener)
     if as_json:
         click.echo(json.dumps(summary.to_json()))
@@ -116,18 +116,14 @@ def command_line(
 
 def _check_names(model: str, attacks: tuple[str, ...], views: tuple[str, ...]) -> None:
     """Wrong names are answered before torch is imported."""
-    if ":" not in model and model not in model_registry():
-        hint = f" (a file is given as {model}:FACTORY)" if model.endswith(".py") else ""
-        raise UsageError(model_registry().unknown(model) + hint)
-    for name in attacks:
-        if name not in attack_registry():
-            raise UsageError(attack_registry().unknown(name))
+    check_model_name(model)
+    check_attack_names(attacks)
     for view in views:
         check_view_name(view)
 
 
 @contextmanager
-def _users_code() -> Iterator[None]:
+def users_code() -> Iterator[None]:
     """What a user's model prints must not mix with the results, and its sys.exit must not pass for ours."""
     try:
         with redirect_stdout(sys.stderr):
@@ -139,7 +135,7 @@ def _users_code() -> Iterator[None]:
 def _dry_run(spec: EvalSpec, as_json: bool) -> None:
     from moebench.evaluation import plan_only
 
-    with _users_code():
+    with users_code():
         planned = plan_only(spec)
     if as_json:
         click.echo(json.dumps({"cells": [cell.to_json() for cell in planned]}))

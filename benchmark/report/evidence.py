@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from moebench.schema import Claim, Json, Outcomes, ProtocolRecord, StoredResult, StoredRun
+from moebench.schema import PART_FAMILY, Claim, Json, ModelRecord, Outcomes, ProtocolRecord, StoredResult, StoredRun
 
 WHOLE = "whole"
 ENGINE, PRECISION = "native", "float32"
@@ -95,6 +95,11 @@ def attack_key(attack: str) -> tuple[int, str]:
 def eligible(stored: StoredResult) -> bool:
     """Whether a result may enter a table: other engines and precisions are shown on model pages only."""
     return stored.cell.engine == ENGINE and stored.cell.precision == PRECISION
+
+
+def is_whole(model: ModelRecord) -> bool:
+    """Whether a record is of a model, and not of one expert or one half of it."""
+    return model.family != PART_FAMILY
 
 
 def newest(results: Iterable[StoredResult]) -> StoredResult:
