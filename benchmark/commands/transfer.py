@@ -54,7 +54,7 @@ def transfer_command(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Make adversarial examples on some models and judge them on others.
+    """Judge adversarial examples of some models on others.
 
     Every pair is stored as a result of its target, and counts in the target's worst case.
     """
