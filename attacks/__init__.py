@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from moebench.attacks._base import ATTACKS, AttackEntry, AttackPlan
+from moebench.registry import LIBRARY, check_attack_name
 
 
 def list_attacks() -> list[str]:
@@ -13,11 +14,16 @@ def list_attacks() -> list[str]:
 
 
 def load_attack(name: str, **settings: Any) -> AttackPlan:
-    """An attack with its settings bound.
+    """An attack with its settings bound: a registered one, or `torchattacks:NAME`.
 
     Raises:
-        UsageError: unknown name or setting.
+        UsageError: unknown name or setting, or a class of torchattacks that cannot be used here.
     """
+    check_attack_name(name)
+    if name.startswith(f"{LIBRARY}:"):
+        from moebench.attacks._library import library_plan
+
+        return library_plan(name, **settings)
     return ATTACKS.get(name).plan(**settings)
 
 

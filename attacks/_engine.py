@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from typing_extensions import override
 
 from moebench.attacks._base import Attack, Loss, Oracle, Rows, State
@@ -97,7 +98,7 @@ class Judge:
     def __call__(self, x_adv: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
         """Which images are adversarial, (m,) bool, and the predictions on them, (m,)."""
         valid = within(x_adv, self.samples.x[rows.index], self.threat)
-        prediction = self.passes.predictions(self.model, x_adv, rows)
+        prediction = self.passes.answers(self.model, x_adv, rows).argmax(dim=1)
         return valid & (prediction != self.samples.y[rows.index]), prediction
 
 
@@ -114,6 +115,8 @@ class Engine(Oracle):
         flush_seconds: how often finished samples are handed over while a stage runs.
         screen: a faster copy of the model; on views other than the whole, what it calls right is not judged.
         draws: passes that are averaged for a model that is random.
+        stop_when_broken: drop a sample once it is broken. Otherwise nothing is judged, every row runs to its end, and
+            of the images that a sample's rows end with the one of highest cross-entropy is kept.
     """
 
     def __init__(
@@ -128,6 +131,7 @@ class Engine(Oracle):
         flush_seconds: float = 5.0,
         screen: nn.Module | None = None,
         draws: int = 1,
+        stop_when_broken: bool = True,
     ) -> None:
         self.threat = threat
         self.view = self.own_view = view
@@ -139,11 +143,14 @@ class Engine(Oracle):
         self.batch_size = batch_size
         self.seed = seed
         self.flush_seconds = flush_seconds
+        self.stop_when_broken = stop_when_broken
         self.broken = torch.zeros(count, dtype=torch.bool, device=device)
         # Rank of the target class by which a sample was broken in the current stage.
         self.rank = torch.full((count,), -1, dtype=torch.int64, device=device)
         self.adv_pred = samples.y.clone()
         self.x_adv = samples.x.clone()
+        # Cross-entropy at `x_adv`; kept only where nothing stops a row.
+        self.strength = torch.full((count,), float("-inf"), device=device)
 
     @property
     def forwards(self) -> Tensor:
@@ -292,6 +299,9 @@ class Engine(Oracle):
 
     def _retire(self, attack: Attack, state: State, rows: Rows, ended: Tensor) -> Tensor:
         """Keeps the final images of standing samples; returns the positions of the rows that go on."""
+        if not self.stop_when_broken:
+            self._keep_strongest(attack, state, rows, ended)
+            return (~ended).nonzero().squeeze(1)
         leaving = ended | ~self._open(rows)
         if not bool(leaving.any()):
             return torch.arange(len(rows), device=leaving.device)
@@ -301,6 +311,21 @@ class Engine(Oracle):
             final = attack.final(state)[standing]
             self.x_adv[rows.index[standing]] = project(final, rows.x[standing], self.threat)
         return (~leaving).nonzero().squeeze(1)
+
+    @torch.no_grad()
+    def _keep_strongest(self, attack: Attack, state: State, rows: Rows, ended: Tensor) -> None:
+        """Keeps, of the images that rows end with, each sample's one of highest cross-entropy on the whole model."""
+        at = ended.nonzero().squeeze(1)
+        if len(at) == 0:
+            return
+        index = rows.index[at]
+        final = project(attack.final(state)[at], rows.x[at], self.threat)
+        loss = cross_entropy(self.passes.answers(self.screen, final, rows.take(at)), rows.y[at], reduction="none")
+        order = loss.argsort(descending=True, stable=True)
+        best = order[_first_of_each(index[order])]
+        best = best[loss[best] > self.strength[index[best]]]
+        self.strength[index[best]] = loss[best]
+        self.x_adv[index[best]] = final[best]
 
     def _flush(self, handed: Tensor, unfinished: tuple[Tensor, ...], seconds: float, sink: Sink) -> bool:
         """Hands over what is decided and was not handed over before; says whether there was any.
@@ -340,6 +365,8 @@ class Engine(Oracle):
         Those that seem to succeed are confirmed. On other views than the whole, the view's logits say nothing about
         the whole model, and its copy is asked first.
         """
+        if not self.stop_when_broken:
+            return
         open_rows = self._open(rows)
         if self.view.is_whole:
             open_rows &= logits.argmax(dim=1) != rows.y
@@ -348,7 +375,7 @@ class Engine(Oracle):
             return
         candidates = candidates[within(x[candidates], rows.x[candidates], self.threat)]
         if not self.view.is_whole and len(candidates) > 0:
-            seen = self.passes.predictions(self.screen, x[candidates], rows.take(candidates))
+            seen = self.passes.answers(self.screen, x[candidates], rows.take(candidates)).argmax(dim=1)
             candidates = candidates[seen != rows.y[candidates]]
         if len(candidates) == 0:
             return

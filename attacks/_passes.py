@@ -131,17 +131,17 @@ class Passes:
         self._count(self.backwards, rows.index)
         return logits, value, gradient
 
-    def predictions(self, model: nn.Module, x: Tensor, rows: Rows) -> Tensor:
-        """Predicted classes (R,) of a whole model, in the model's own precision."""
+    def answers(self, model: nn.Module, x: Tensor, rows: Rows) -> Tensor:
+        """Logits (R, K) of a whole model, in the model's own precision and without averaging."""
 
         def once(x: Tensor, rows: Rows) -> tuple[Tensor, ...]:
             with torch.no_grad():
-                return (model(x).argmax(dim=1),)
+                return (model(x),)
 
         with self.clock.running():
-            (predicted,) = self._split(once, x, rows)
+            (logits,) = self._split(once, x, rows)
         self._count(self.forwards, rows.index)
-        return predicted
+        return logits
 
     def _run(self, once: Work, x: Tensor, rows: Rows) -> tuple[Tensor, ...]:
         def averaged(x: Tensor, rows: Rows) -> tuple[Tensor, ...]:

@@ -1,7 +1,8 @@
-"""The same attacks through the libraries that others trust, for comparison and for doubt.
+"""Attacks through the libraries that others trust: ours, for comparison and for doubt, and any class of torchattacks.
 
 pyautoattack (the AutoAttack authors' code) runs APGD, FAB and Square, torchattacks runs FGSM and PGD; APGD and PGD
-begin at the random starts of our own engine. What counts is decided by the same judge as always.
+begin at the random starts of our own engine. `torchattacks:NAME` comes through here as well. What counts is decided
+by the same judge as always.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from moebench.attacks._base import Attack, AttackPlan, Rows
 from moebench.attacks._engine import Engine, Finished, Sink
+from moebench.attacks._library import LibraryAttack, owners
 from moebench.attacks._passes import batches
 from moebench.attacks._projections import expand, l2_norm, random_start
 from moebench.attacks._random import sample_keys
@@ -31,7 +32,7 @@ from moebench.errors import UsageError
 from moebench.schema import ThreatModel
 
 Perturb = Callable[[Tensor, Tensor], Tensor]
-Watch = Callable[[Tensor, Tensor], None]
+Watch = Callable[[Tensor, Rows, Tensor], None]
 
 
 class _Contiguous(torch.autograd.Function):
@@ -49,27 +50,33 @@ class _Contiguous(torch.autograd.Function):
 class ReferenceModel(nn.Module):
     """A view as the plain model that the libraries expect; counts passes, and its logits may be overwritten.
 
-    `watch` is shown every image that the library looks at, with its logits.
+    Args:
+        view: what the library attacks.
+        rows: the batch that it works on.
+        watch: is shown every image that the library looks at, with the rows of the samples it was made from and its
+            logits; where it is given, the view is told the samples too.
     """
 
-    def __init__(self, view: View, device: torch.device, watch: Watch | None = None) -> None:
+    def __init__(self, view: View, rows: Rows, watch: Watch | None = None) -> None:
         super().__init__()
         self.view = view
+        self.rows = rows
         self.watch = watch
         self.forwards = 0
         self.backwards = 0
         # torchattacks takes the device from the model's first parameter.
-        self.anchor = nn.Parameter(torch.empty(0, device=device), requires_grad=False)
+        self.anchor = nn.Parameter(torch.empty(0, device=rows.x.device), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (B, K) of images (B, C, H, W)."""
         self.forwards += len(x)
         if x.requires_grad:
             self.backwards += len(x)
-        nowhere = torch.empty(0, dtype=torch.int64, device=x.device)
-        logits: Tensor = self.view.logits(_Contiguous.apply(x), nowhere)
-        if self.watch is not None:
-            self.watch(x.detach(), logits.detach())
+        seen = self.rows.take(owners(x.detach(), self.rows.x)) if self.watch is not None else None
+        index = self.rows.index[:0] if seen is None else seen.index
+        logits: Tensor = self.view.logits(_Contiguous.apply(x), index)
+        if self.watch is not None and seen is not None:
+            self.watch(x.detach(), seen, logits.detach())
         return logits.clone()
 
 
@@ -92,15 +99,15 @@ def check_reference(plan: AttackPlan, view: str) -> None:
 def run_reference(stage: Attack, engine: Engine, index: Tensor, sink: Sink) -> None:
     """Runs one stage through a library, batch by batch, on the samples `index`, and judges what comes back.
 
-    torchattacks returns PGD's last image only, broken or not; as in our own PGD, every image on its way counts.
+    torchattacks returns its last image only, broken or not; as in our own PGD, every image on its way counts.
     """
     for part in batches(index, engine.batch_size):
         begin = time.perf_counter()
         x, y = engine.samples.x[part], engine.samples.y[part]
         zeros = torch.zeros_like(part)
         rows = Rows(part, x, y, zeros - 1, zeros, zeros)
-        watch = partial(_watch, engine, rows) if isinstance(stage, PGD) else None
-        model = ReferenceModel(engine.view, part.device, watch)
+        watch = engine.propose if isinstance(stage, (PGD, LibraryAttack)) else None
+        model = ReferenceModel(engine.view, rows, watch)
         engine.rank[part] = -1
         x_adv = _perturb(stage, model, engine.threat, Starts(stage, engine, part))(x.clone(), y.clone()).detach()
         with torch.no_grad():
@@ -118,10 +125,6 @@ def run_reference(stage: Attack, engine: Engine, index: Tensor, sink: Sink) -> N
                 time.perf_counter() - begin,
             )
         )
-
-
-def _watch(engine: Engine, rows: Rows, x: Tensor, logits: Tensor) -> None:
-    engine.propose(x, rows, logits)
 
 
 class Starts:
@@ -165,6 +168,8 @@ def _from_our_starts(kind: type[Any], starts: Starts) -> type[Any]:
 
 def _perturb(stage: Attack, model: ReferenceModel, threat: ThreatModel, starts: Starts) -> Perturb:
     seed = starts.seed
+    if isinstance(stage, LibraryAttack):
+        return stage.perturb(model, seed, starts.engine.samples.ids[starts.index])
     if isinstance(stage, PGD):
         return _torchattacks(stage, model, threat, starts)
     logging.getLogger("auto-attack").setLevel(logging.ERROR)

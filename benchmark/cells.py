@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from moebench.attacks._base import Attack, AttackPlan
 from moebench.attacks._engine import Engine, Finished, Samples
+from moebench.attacks._library import LibraryAttack
 from moebench.attacks._passes import Expectation, batches
 from moebench.attacks._reference import run_reference
 from moebench.attacks._training import TrainedAttack
@@ -185,7 +186,7 @@ class _CellRunner:
             self.work.tell(name, decided_now, total, int((~self.outcome.broken).sum()))
 
         self.work.tell(name, 0, total, int((~self.outcome.broken).sum()))
-        if self.work.cell.engine == "reference":
+        if self.work.cell.engine == "reference" or isinstance(stage, LibraryAttack):
             run_reference(stage, self.engine, index, sink)
         else:
             self.engine.run_stage(stage, index, sink, search=search)

@@ -16,6 +16,7 @@ from moebench.commands.listing import list_command
 from moebench.commands.report import report_command
 from moebench.commands.show import show_command
 from moebench.commands.train import train_command
+from moebench.commands.transfer import transfer_command
 from moebench.commands.universal import universal_command
 from moebench.errors import MoebenchError
 
@@ -30,6 +31,7 @@ def cli() -> None:
 for command in (
     evaluate_command,
     train_command,
+    transfer_command,
     universal_command,
     list_command,
     show_command,

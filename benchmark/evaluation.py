@@ -13,8 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from moebench.attacks._base import ATTACKS, AttackPlan
+from moebench.attacks import load_attack
+from moebench.attacks._base import AttackPlan
 from moebench.attacks._engine import Samples, to_samples
+from moebench.attacks._library import bind_library
 from moebench.attacks._memory import fitting_rows, keep_freed_memory
 from moebench.attacks._reference import check_reference
 from moebench.attacks._search import SearchCopy, search_copy
@@ -147,7 +149,7 @@ def parse_attacks(names: Sequence[str]) -> list[AttackPlan]:
     """The plans of the named attacks, each once, in the given order."""
     if not names:
         raise UsageError("no attack given; `moebench list attacks` shows all")
-    return [ATTACKS.get(name).plan() for name in dict.fromkeys(names)]
+    return [load_attack(name) for name in dict.fromkeys(names)]
 
 
 def prepare(spec: EvalSpec, plans: Sequence[AttackPlan]) -> Prepared:
@@ -167,11 +169,7 @@ def prepare(spec: EvalSpec, plans: Sequence[AttackPlan]) -> Prepared:
         spec = replace(spec, draws=1)
     elif spec.draws > 1:
         logits = expected_logits(loaded.module, samples.x, spec.draws, batch_size)
-    for plan in plans:
-        if logits.shape[1] < plan.min_classes:
-            raise UsageError(
-                f"attack {plan.name!r} needs at least {plan.min_classes} classes; this model has {logits.shape[1]}"
-            )
+    plans = [fit_plan(plan, threat, dataset.shape, logits.shape[1], batch_size) for plan in plans]
     protocol = ProtocolRecord(
         dataset.name, dataset.split, dataset.sha256, len(dataset), dataset.num_classes, dataset.class_names, threat
     )
@@ -195,6 +193,19 @@ def _check_numbers(spec: EvalSpec) -> None:
     for option, used in own.items():
         if used and spec.engine != "native":
             raise UsageError(f"{option} belongs to our engine; leave out --engine {spec.engine}")
+
+
+def fit_plan(
+    plan: AttackPlan, threat: ThreatModel, shape: tuple[int, int, int], classes: int, batch_size: int
+) -> AttackPlan:
+    """The attack with all that it takes from the evaluation.
+
+    Raises:
+        UsageError: it does not work for these images, so many classes or this threat model.
+    """
+    if classes < plan.min_classes:
+        raise UsageError(f"attack {plan.name!r} needs at least {plan.min_classes} classes; this model has {classes}")
+    return bind_library(plan, threat, shape, classes, batch_size)
 
 
 def plan_cells(

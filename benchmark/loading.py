@@ -22,7 +22,8 @@ from moebench.errors import MoebenchError, UsageError
 from moebench.models._base import MODELS
 from moebench.models._moe import moe_layers
 from moebench.models._weights import load_into, read_weights, shipped_weights, state_sha256
-from moebench.schema import CheckpointRecord, ModelRecord
+from moebench.parts import part_of
+from moebench.schema import PART_FAMILY, CheckpointRecord, ModelRecord, split_part
 
 
 @dataclass(frozen=True)
@@ -49,22 +50,26 @@ def load(
     """Loads a model for a data set.
 
     Args:
-        name: a registered name, FILE.py:FACTORY or package.module:FACTORY.
+        name: a registered name, FILE.py:FACTORY or package.module:FACTORY; with `/expert[i]`, `/expert[LAYER:i]`,
+            `/standard` or `/robust` behind it, that part alone.
         dataset: decides the number of classes, the image shape, and which shipped weights are taken.
         weights: a safetensors file with its card, instead of the shipped weights.
         settings: settings of a registered model that the weights' card does not fix.
         device: where the network goes.
 
     Raises:
-        UsageError: unknown name, no weights, or a factory that fails.
+        UsageError: unknown name, no weights, no such part, or a factory that fails.
     """
     check_device(device)
+    name, part = split_part(name)
     if ":" in name:
         if weights is not None or settings:
             raise UsageError("--weights and --set belong to registered models; a factory loads its own weights")
         loaded = _from_factory(name, dataset)
     else:
         loaded = _from_registry(name, dataset, weights, settings or {})
+    if part is not None:
+        loaded = _part(loaded, part, dataset)
     loaded.module.requires_grad_(False).eval().to(device)
     return loaded
 
@@ -105,6 +110,17 @@ def _from_registry(name: str, dataset: Dataset, weights: Path | None, settings: 
         module, card["sha256"], record.name, card.get("dataset"), origin, dataset, recipe, card.get("log", ())
     )
     return LoadedModel(module, record, checkpoint, f"{name}/{entry.version}/{sorted(settings.items())}")
+
+
+def _part(loaded: LoadedModel, part: str, dataset: Dataset) -> LoadedModel:
+    """One expert or one half as a model of its own: another name and another identity than the whole has."""
+    whole, checkpoint = loaded.record, loaded.checkpoint
+    name = f"{whole.name}/{part}"
+    module = part_of(loaded.module, part, whole.name)
+    record = ModelRecord(name, PART_FAMILY, f"{part} of {whole.name}, alone", whole.training, None, whole.paper)
+    identity = hashlib.sha256(f"{checkpoint.sha256}/{part}".encode()).hexdigest()
+    alone = _checkpoint(module, identity, name, checkpoint.dataset, checkpoint.origin, dataset, checkpoint.recipe, ())
+    return LoadedModel(module, record, alone, loaded.code)
 
 
 def _check_card(card: Mapping[str, Any], path: Path) -> None:

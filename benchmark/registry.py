@@ -256,3 +256,43 @@ def _of_package(kind: str, package: str, decorator: str) -> Registry[Any]:
     if spec is None or not spec.submodule_search_locations:
         raise ImportError(f"the package {package} is not installed completely")
     return Registry(kind, package, Path(next(iter(spec.submodule_search_locations))), decorator, package)
+
+
+LIBRARY = "torchattacks"
+"""Attacks named `torchattacks:NAME` are classes of that library."""
+
+
+@cache
+def library_classes() -> tuple[str, ...]:
+    """The attack classes of torchattacks, read from its source: importing it would import torch.
+
+    Raises:
+        UsageError: it is not installed, or lists its classes in a way that cannot be read.
+    """
+    spec = find_spec(LIBRARY)
+    if spec is None or spec.origin is None:
+        raise UsageError(f"{LIBRARY} is not installed; `pip install {LIBRARY}`")
+    for node in ast.parse(Path(spec.origin).read_text(encoding="utf-8"), spec.origin).body:
+        if isinstance(node, ast.Assign) and any(isinstance(to, ast.Name) and to.id == "__all__" for to in node.targets):
+            return tuple(map(str, ast.literal_eval(node.value)))
+    raise UsageError(f"the installed {LIBRARY} does not list its attacks in __all__; install version 3.5.1")
+
+
+def check_attack_name(name: str) -> None:
+    """Refuses an attack that is neither registered nor a class of torchattacks, without importing torch.
+
+    Raises:
+        UsageError: unknown name; close matches are offered.
+    """
+    library, colon, kind = name.partition(":")
+    if library != LIBRARY:
+        if name not in attack_registry():
+            raise UsageError(attack_registry().unknown(name))
+        return
+    folded = {known.lower(): known for known in library_classes()}
+    if not colon or not kind:
+        raise UsageError(f"attack {name!r} does not say which class; write {LIBRARY}:NAME, such as {LIBRARY}:MIFGSM")
+    if kind not in folded.values():
+        close = difflib.get_close_matches(kind.lower(), folded, n=3, cutoff=0.5)
+        hint = f"did you mean {' or '.join(f'{LIBRARY}:{folded[one]}' for one in close)}?" if close else "classes: "
+        raise UsageError(f"unknown attack {name!r}; {hint}" + ("" if close else ", ".join(folded.values())))

@@ -44,6 +44,31 @@ VIEWS = ("whole", "router", "experts", "smooth", "straight-through", "standard",
 EXPERT_VIEW = re.compile(r"expert\[(?:(?P<layer>[\w.]+):)?(?P<number>\d+)\]")
 
 
+PARTS = ("standard", "robust")
+"""Parts of a model by name, beside its experts: the halves of a dual model."""
+
+
+def split_part(name: str) -> tuple[str, str | None]:
+    """The name of a model without its part, and the part: `rt-er/expert[0]` is expert 0 of rt-er, taken alone.
+
+    Raises:
+        UsageError: what follows the slash cannot be a part of any model.
+    """
+    model, slash, part = name.rpartition("/")
+    # What follows the last slash of a path is FILE.py:FACTORY.
+    if not slash or (":" in part and "[" not in part.partition(":")[0]):
+        return name, None
+    if model and (part in PARTS or EXPERT_VIEW.fullmatch(part)):
+        return model, part
+    if part.endswith(".py"):
+        return name, None
+    close = difflib.get_close_matches(part, [*PARTS, "expert[0]"], n=1, cutoff=0.5)
+    hint = f"did you mean {close[0]}? " if close else ""
+    raise UsageError(
+        f"no model has a part {part!r} (in {name!r}); {hint}parts are expert[i], expert[LAYER:i], standard and robust"
+    )
+
+
 def parse_eps(text: str) -> float:
     """The perturbation radius written as a decimal or a fraction ("0.03", "8/255").
 
@@ -139,7 +164,10 @@ class PaperCard:
 
 @dataclass(frozen=True)
 class ModelRecord:
-    """What the store knows of a model. `family` is "dense", "ensemble", "moe", "dual" or "external"."""
+    """What the store knows of a model. `family` is "dense", "ensemble", "moe", "dual", "external" or "part".
+
+    A "part" is one expert or one half of a model, taken alone; it is never ranked among whole models.
+    """
 
     name: str
     family: str
@@ -279,6 +307,9 @@ class ResultRecord:
     routing: tuple[RoutingLayer, ...] = ()
     stages: Json = field(default_factory=dict)
 
+
+PART_FAMILY = "part"
+"""Family of a part of a model that is evaluated as a model of its own."""
 
 OVERSTATED_RA = "over-stated-ra"
 """Flag: an attack on a part of the model leaves fewer samples standing than the attacks on the whole of it."""

@@ -17,4 +17,5 @@ def own_data_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Downloads, should a test cause one, go to a folder of the test's own."""
     folder = tmp_path / "moebench-data"
     monkeypatch.setenv("MOEBENCH_DATA", str(folder))
+    monkeypatch.setenv("MOEBENCH_CACHE", str(tmp_path / "moebench-cache"))
     return folder

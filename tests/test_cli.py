@@ -388,7 +388,9 @@ def test_lists(moebench: Terminal, what: str, expected: list[str]) -> None:
     assert all(line == line.rstrip() and "None" not in line for line in said.out.splitlines())
 
 
-@pytest.mark.parametrize("words", ["--help", "-h", "evaluate --help", "train -h", "show -h", "list -h", "report -h"])
+@pytest.mark.parametrize(
+    "words", ["--help", "-h", "evaluate --help", "train -h", "show -h", "list -h", "report -h", "transfer -h"]
+)
 def test_help(moebench: Terminal, words: str) -> None:
     said = moebench(*words.split())
     assert said.code == 0 and said.out.startswith("Usage: moebench") and said.err == ""

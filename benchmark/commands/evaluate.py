@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from moebench.commands._names import check_attack_names, check_model_name
 from moebench.commands._options import (
     database_option,
     debug_option,
@@ -21,8 +22,7 @@ from moebench.commands._options import (
     split_names,
     training_options,
 )
-from moebench.errors import RunError, UsageError
-from moebench.registry import attack_registry, model_registry
+from moebench.errors import RunError
 from moebench.schema import PRECISIONS, ThreatModel, check_view_name, parse_radii
 
 if TYPE_CHECKING:
@@ -177,12 +177,8 @@ def command_line(
 
 def check_names(model: str, attacks: tuple[str, ...], views: tuple[str, ...]) -> None:
     """Wrong names are answered before torch is imported."""
-    if ":" not in model and model not in model_registry():
-        hint = f" (a file is given as {model}:FACTORY)" if model.endswith(".py") else ""
-        raise UsageError(model_registry().unknown(model) + hint)
-    for name in attacks:
-        if name not in attack_registry():
-            raise UsageError(attack_registry().unknown(name))
+    check_model_name(model)
+    check_attack_names(attacks)
     for view in views:
         check_view_name(view)
 

@@ -7,11 +7,15 @@ from typing import Any
 import click
 
 from moebench.commands._options import debug_option
-from moebench.registry import Declaration, attack_registry, model_registry
+from moebench.registry import LIBRARY, Declaration, attack_registry, model_registry
 from moebench.schema import PROTOCOL_VERSION, SUITE_VERSION
 
 SUITES = {"v1": ("fgsm", "pgd-50", "smooth-pgd-50", "autoattack")}
 """Suite version -> the attacks that a complete row of its leaderboard has. A published suite never changes."""
+
+LIBRARY_ROW = Declaration(
+    LIBRARY, LIBRARY, LIBRARY, {"argument": "NAME", "summary": "an attack class of torchattacks, such as MIFGSM"}
+)
 
 
 @click.command("list")
@@ -38,7 +42,7 @@ def _declarations(what: str) -> list[Declaration]:
     if what == "models":
         return model_registry().declarations()
     if what == "attacks":
-        return attack_registry().declarations() + attack_registry().families()
+        return [*attack_registry().declarations(), *attack_registry().families(), LIBRARY_ROW]
     from moebench.datasets import DATASETS
 
     return DATASETS.declarations()

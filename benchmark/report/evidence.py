@@ -7,7 +7,17 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from moebench.schema import WARM_START, Claim, Json, Outcomes, ProtocolRecord, StoredResult, StoredRun
+from moebench.schema import (
+    PART_FAMILY,
+    WARM_START,
+    Claim,
+    Json,
+    ModelRecord,
+    Outcomes,
+    ProtocolRecord,
+    StoredResult,
+    StoredRun,
+)
 
 WHOLE = "whole"
 ENGINE = "native"
@@ -126,6 +136,11 @@ def has_column(attack: str) -> bool:
 def eligible(stored: StoredResult) -> bool:
     """Whether a result may enter a table: other engines and quick looks are shown on model pages only."""
     return stored.cell.engine == ENGINE and stored.cell.precision != QUICK_LOOK
+
+
+def is_whole(model: ModelRecord) -> bool:
+    """Whether a record is of a model, and not of one expert or one half of it."""
+    return model.family != PART_FAMILY
 
 
 def newest(results: Iterable[StoredResult]) -> StoredResult:

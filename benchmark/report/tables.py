@@ -17,6 +17,7 @@ from moebench.report.evidence import (
     eligible,
     group_key,
     has_column,
+    is_whole,
     names,
     newest,
     result_key,
@@ -142,10 +143,10 @@ class Report:
 
 
 def build(store: ReadableStore) -> Report:
-    """Reads the store once and ranks what it holds."""
-    results = sorted(store.results(newest_only=True), key=result_key)
+    """Reads the store once and ranks what it holds; parts of models, evaluated alone, are no models to rank."""
+    results = sorted((one for one in store.results(newest_only=True) if is_whole(one.model)), key=result_key)
     claims = tuple(sorted(store.claims(), key=claim_key))
-    runs = sorted(store.runs(), key=lambda run: (run.started_at, run.run_id))
+    runs = sorted((run for run in store.runs() if is_whole(run.model)), key=lambda run: (run.started_at, run.run_id))
     evidence = [Evidence(stored, store.outcomes(stored.result_id)) for stored in results]
     groups: dict[tuple[Any, ...], list[Evidence]] = {}
     for one in evidence:
