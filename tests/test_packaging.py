@@ -186,12 +186,22 @@ def test_nothing_imports_the_command_line() -> None:
 
 
 def test_the_report_reads_the_store_only() -> None:
-    allowed = {"report", "store", "metrics", "schema", "errors", "claims", "__version__"}
+    allowed = {"report", "store", "metrics", "trust", "schema", "errors", "claims", "__version__"}
     assert [
         item
         for item in all_imports()
         if ours(item) and part(item.importer) == "report" and part(item.imported) not in allowed
     ] == []
+
+
+def test_what_the_report_computes_is_computed_from_records_alone() -> None:
+    """The report may use these two because they are functions of what the store holds."""
+    imported = {
+        part(item.imported)
+        for item in all_imports()
+        if part(item.importer) in ("metrics", "trust", "flags") and ours(item)
+    }
+    assert imported == {"metrics", "flags", "schema"}
 
 
 def test_no_module_is_imported_by_its_folders_name() -> None:
