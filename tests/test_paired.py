@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binom  # type: ignore[import-untyped]
 
-from moebench.paired import Paired, paired
+from moebench.metrics import Paired, paired
 from moebench.report import render, tables
 from moebench.report.missed import Missed
 

@@ -6,8 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from moebench.metrics import Measure, measure, worst_case
-from moebench.paired import Paired, paired
+from moebench.metrics import Measure, Paired, measure, paired, worst_case
 from moebench.report.evidence import WHOLE, Evidence
 
 STANDARD, ADAPTIVE = "autoattack", "moe-adaptive"
