@@ -18,6 +18,7 @@ from toys import (
     attack,
     digits,
     distinct_attacks,
+    fitted,
     frozen,
     linear_problem,
     make_engine,
@@ -153,6 +154,7 @@ def test_the_passes_of_each_sample_are_counted(name: str) -> None:
     model, samples = CountsPasses(trained_conv()), digits(30)
     engine = make_engine(model, samples, ThreatModel("Linf", EPS["Linf"]), batch_size=8)
     for stage in reduced(name, **BUDGET).stages:
+        stage = fitted(stage, model, engine.threat)
         model.forwards = model.backwards = 0
         done: list[Finished] = []
         engine.run_stage(stage, (~engine.broken).nonzero().squeeze(1), done.append)

@@ -316,8 +316,7 @@ def attack(
     n = len(samples)
     out = Attacked(torch.zeros(n, dtype=torch.bool), samples.y.clone(), samples.x.clone())
     for stage in stages:
-        if isinstance(stage, TrainedAttack):
-            stage = stage.fit(make_training(model, threat, view, seed=options.get("seed", 0)))
+        stage = fitted(stage, model, threat, view, seed=options.get("seed", 0))
         handed = torch.zeros(n, dtype=torch.int64)
         out.handed.append(handed)
 
@@ -329,6 +328,13 @@ def attack(
 
         engine.run_stage(stage, (~out.broken).nonzero().squeeze(1), sink)
     return out
+
+
+def fitted(stage: Attack, model: nn.Module, threat: ThreatModel, view: str = "whole", *, seed: int = 0) -> Attack:
+    """The stage as it is run: fitted on the first training digits, if it is one that learns."""
+    if isinstance(stage, TrainedAttack):
+        return stage.fit(make_training(model, threat, view, seed=seed))
+    return stage
 
 
 def make_training(

@@ -71,7 +71,7 @@ def universal_command(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Make one perturbation for all images, and store what it leaves of the accuracy.
+    """Judge one perturbation for all images.
 
     δ is made on the training data and judged on the test data. --save keeps it; --load judges it again, on the same
     model or on another.
