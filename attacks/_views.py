@@ -22,6 +22,7 @@ from moebench.models._moe import (
     Routing,
     Tape,
     forced_forward,
+    join,
     moe_layers,
     replay,
     route,
@@ -32,6 +33,14 @@ from moebench.models._moe import (
 from moebench.schema import EXPERT_VIEW, check_view_name
 
 HALVES = ("standard", "robust")
+
+PART = 64
+"""Clean samples that pass through the model together when a view is prepared."""
+
+
+def in_parts(x: Tensor) -> list[Tensor]:
+    """Clean samples in batches that fit any device; one empty batch if there are none."""
+    return [x[start : start + PART] for start in range(0, max(len(x), 1), PART)]
 
 
 class View(ABC):
@@ -99,7 +108,12 @@ class RouterView(View):
         self._outputs: Mapping[str, Tensor] | None = None
         if isinstance(self.model, RoutedModel):
             with torch.no_grad():
-                self._outputs = self.model.expert_outputs(x)
+                found = [self.model.expert_outputs(part) for part in in_parts(x)]
+            first = found[0]
+            if first is not None:
+                self._outputs = {
+                    layer: torch.cat([outputs[layer] for outputs in found if outputs is not None]) for layer in first
+                }
 
     @override
     def logits(self, x: Tensor, index: Tensor) -> Tensor:
@@ -116,7 +130,8 @@ class ExpertsView(View):
     @override
     def prepare(self, x: Tensor) -> None:
         with torch.no_grad():
-            self._tape: Tape = route(self.model, x)
+            tapes = [route(self.model, part) for part in in_parts(x)]
+        self._tape: Tape = {layer: join(*(tape[layer] for tape in tapes)) for layer in tapes[0]}
 
     @override
     def logits(self, x: Tensor, index: Tensor) -> Tensor:
