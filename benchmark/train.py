@@ -13,6 +13,7 @@ import random
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moebench.attacks._projections import ascend, project, random_start
+from moebench.attacks._projections import ascend, project
+from moebench.attacks._projections import random_start as random_point
 from moebench.attacks._random import sample_keys
 from moebench.datasets import Dataset, load_dataset
 from moebench.errors import RunError, UsageError
-from moebench.models._base import MODELS, Forward, ModelEntry, Recipe, evaluating
+from moebench.models._base import MODELS, Forward, ModelEntry, Phase, Recipe, evaluating
 from moebench.models._weights import load_into, read_weights, save_weights, shipped_weights
 from moebench.schema import ThreatModel
 
@@ -69,17 +71,28 @@ class TrainingAdversary:
         self.seed = seed
         self.calls = 0
 
-    def __call__(self, forward: Forward, x: Tensor, loss: Callable[[Tensor], Tensor]) -> Tensor:
+    def __call__(
+        self,
+        forward: Forward,
+        x: Tensor,
+        loss: Callable[[Tensor], Tensor],
+        *,
+        steps: int | None = None,
+        eps: float | None = None,
+        step_size: float | None = None,
+        random_start: bool = True,
+    ) -> Tensor:
         """Images (B, C, H, W) near x that raise the loss; each call draws other random starts."""
+        threat = self.threat if eps is None else replace(self.threat, eps=eps)
+        size = self.recipe.step_fraction * threat.eps if step_size is None else step_size
         keys = sample_keys(self.seed, f"train/{self.calls}", torch.arange(len(x), device=x.device))
         self.calls += 1
-        x_adv = random_start(x, keys, self.threat)
+        x_adv = random_point(x, keys, threat) if random_start else x.clone()
         with evaluating(self.model):
-            for _ in range(self.recipe.attack_steps):
+            for _ in range(self.recipe.attack_steps if steps is None else steps):
                 x_adv.requires_grad_()
                 (gradient,) = torch.autograd.grad(loss(forward(x_adv)).sum(), x_adv)
-                x_adv = ascend(x_adv.detach(), gradient, self.recipe.step_fraction * self.threat.eps, self.threat)
-                x_adv = project(x_adv, x, self.threat)
+                x_adv = project(ascend(x_adv.detach(), gradient, size, threat), x, threat)
         return x_adv.detach()
 
 
@@ -164,8 +177,12 @@ class Trainer:
         self.x_val, self.y_val = _tensors(val_set, spec.device)
         self.adversary = TrainingAdversary(model, self.threat, recipe, spec.seed)
         self.steps_per_epoch = max(len(self.x) // recipe.batch_size, 1)
-        self.optimizers = [torch.optim.Adam(phase.parameters(model), lr=recipe.lr_low) for phase in entry.objective]
-        self.schedulers = [self._schedule(optimizer) for optimizer in self.optimizers]
+        self.spans = [_epochs_of(phase, recipe.epochs) for phase in entry.objective]
+        self.optimizers = [make_optimizer(phase.parameters(model), recipe) for phase in entry.objective]
+        self.schedulers = [
+            make_schedule(optimizer, recipe, (last - first) * self.steps_per_epoch)
+            for optimizer, (first, last) in zip(self.optimizers, self.spans, strict=True)
+        ]
         self.checkpoint_path = spec.out / f".{spec.model}.training.pt"
         self.epoch = 0
         self.log: list[EpochLog] = []
@@ -209,7 +226,8 @@ class Trainer:
 
     def validation(self, best: State, log: list[EpochLog]) -> dict[str, Any]:
         """The numbers by which the epoch was chosen, for the card."""
-        chosen = max(log, key=lambda line: (self._score(line), -line.epoch))
+        counted = [line for line in log if line.epoch > self.spans[-1][0]] if self.spans else log
+        chosen = max(counted, key=lambda line: (self._score(line), -line.epoch))
         return {
             "split": "val",
             "epoch": chosen.epoch,
@@ -221,12 +239,14 @@ class Trainer:
 
     def _train_epoch(self) -> float:
         self.model.train()
+        active = [first <= self.epoch < last for first, last in self.spans]
         order = torch.randperm(len(self.x))
         total = 0.0
         for step in range(self.steps_per_epoch):
             rows = order[step * self.recipe.batch_size : (step + 1) * self.recipe.batch_size]
             x, y = self._augment(self.x[rows]), self.y[rows]
-            for phase, optimizer, scheduler in zip(self.entry.objective, self.optimizers, self.schedulers, strict=True):
+            steppers = zip(self.entry.objective, self.optimizers, self.schedulers, strict=True)
+            for phase, optimizer, scheduler in compress(steppers, active):
                 self.model.zero_grad(set_to_none=True)
                 loss = phase.loss(self.model, x, y, self.adversary, self.recipe)
                 if not math.isfinite(loss.item()):
@@ -235,13 +255,17 @@ class Trainer:
                         "nothing was saved"
                     )
                 loss.backward()  # type: ignore[no-untyped-call]
+                if self.recipe.clip > 0:
+                    nn.utils.clip_grad_norm_(phase.parameters(self.model), self.recipe.clip)
                 optimizer.step()
                 scheduler.step()
                 total += loss.item()
         return total / self.steps_per_epoch
 
     def _augment(self, x: Tensor) -> Tensor:
-        """Shifts each image by up to `translate` pixels, filling with the border's value 0."""
+        """Shifts each image by up to `translate` pixels, filling with 0, and flips half of them where that is asked."""
+        if self.recipe.flip:
+            x = torch.where(torch.rand(len(x), 1, 1, 1).to(x.device) < 0.5, x.flip(3), x)
         reach = self.recipe.translate
         if reach == 0:
             return x
@@ -252,17 +276,13 @@ class Trainer:
             [padded[i, :, dy : dy + height, dx : dx + width] for i, (dy, dx) in enumerate(shifts.tolist())]
         )
 
-    def _schedule(self, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
-        half_cycle = max(self.recipe.epochs * self.steps_per_epoch // (2 * self.recipe.cycles), 1)
-        return torch.optim.lr_scheduler.CyclicLR(
-            optimizer, self.recipe.lr_low, self.recipe.lr_high, step_size_up=half_cycle, cycle_momentum=False
-        )
-
     def _score(self, line: EpochLog) -> float:
         clean, robust = line.val_clean, line.val_robust
         return {"clean": clean, "robust": robust, "mean": (clean + robust) / 2}[self.recipe.select]
 
     def _keep_best(self) -> None:
+        if self.log[-1].epoch <= self.spans[-1][0]:
+            return
         score = self._score(self.log[-1])
         if score > self.best_score:
             self.best_score = score
@@ -330,6 +350,46 @@ class Trainer:
             scheduler.load_state_dict(saved)
         self.adversary.calls = state["adversary_calls"]
         torch.set_rng_state(state["rng"].cpu())
+
+
+def _epochs_of(phase: Phase, epochs: int) -> tuple[int, int]:
+    """First epoch of a phase, and the one after its last."""
+    return round(phase.span[0] * epochs), round(phase.span[1] * epochs)
+
+
+def make_optimizer(parameters: list[nn.Parameter], recipe: Recipe) -> torch.optim.Optimizer:
+    """The recipe's optimiser; the schedule sets its rate."""
+    if recipe.optimizer == "adam":
+        return torch.optim.Adam(parameters, lr=recipe.lr_low, weight_decay=recipe.weight_decay)
+    return torch.optim.SGD(
+        parameters,
+        lr=recipe.lr_high,
+        momentum=recipe.momentum,
+        nesterov=recipe.nesterov,
+        weight_decay=recipe.weight_decay,
+    )
+
+
+def make_schedule(optimizer: torch.optim.Optimizer, recipe: Recipe, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
+    """The recipe's schedule over so many optimiser steps."""
+    if recipe.schedule == "triangular":
+        half_cycle = max(steps // (2 * recipe.cycles), 1)
+        return torch.optim.lr_scheduler.CyclicLR(
+            optimizer, recipe.lr_low, recipe.lr_high, step_size_up=half_cycle, cycle_momentum=False
+        )
+    for group in optimizer.param_groups:
+        group["lr"] = recipe.lr_high
+    warm = round(recipe.warmup * steps)
+    lowest = recipe.lr_low / recipe.lr_high if recipe.lr_high > 0 else 0.0
+
+    def factor(step: int) -> float:
+        if step < warm:
+            return (step + 1) / (warm + 1)
+        left = 1 - min((step - warm) / max(steps - warm, 1), 1.0)
+        fall = {"cosine": (1 - math.cos(math.pi * left)) / 2, "poly": left**0.9, "constant": 1.0}[recipe.schedule]
+        return lowest + (1 - lowest) * fall if recipe.schedule != "constant" else 1.0
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
 def _initialise(model: nn.Module, recipe: Recipe, spec: TrainSpec) -> dict[str, str]:

@@ -44,4 +44,4 @@ def balanced(
 
         return total
 
-    return tuple(Phase(wrap(phase.loss), phase.part) for phase in phases)
+    return tuple(Phase(wrap(phase.loss), phase.part, phase.span) for phase in phases)

@@ -22,8 +22,28 @@ Forward = Callable[[Tensor], Tensor]
 class Adversary(Protocol):
     """The inner maximisation of adversarial training, given to an objective by the training loop."""
 
-    def __call__(self, forward: Forward, x: Tensor, loss: Callable[[Tensor], Tensor]) -> Tensor:
-        """Images inside the threat model around x that raise `loss(forward(x_adv))`, a (B,) tensor."""
+    def __call__(
+        self,
+        forward: Forward,
+        x: Tensor,
+        loss: Callable[[Tensor], Tensor],
+        *,
+        steps: int | None = None,
+        eps: float | None = None,
+        step_size: float | None = None,
+        random_start: bool = True,
+    ) -> Tensor:
+        """Images inside the threat model around x that raise `loss(forward(x_adv))`, a (B,) tensor.
+
+        Args:
+            forward: from images (B, C, H, W) to what the loss takes.
+            x: images in [0, 1].
+            loss: to raise, per sample.
+            steps: PGD steps instead of the recipe's; 1 with `step_size=eps` and no random start is FGSM.
+            eps: radius instead of the threat model's.
+            step_size: instead of the recipe's share of eps.
+            random_start: start at a random point of the ball instead of x.
+        """
         ...
 
 
@@ -31,13 +51,21 @@ class Adversary(Protocol):
 class Recipe:
     """How a model is trained: plain data, printed by `moebench show` and stored with the weights.
 
-    The learning rate swings between `lr_low` and `lr_high`, a triangle per `epochs / cycles`, as in RT-ER's code; rates
-    are ten to twenty times that code's, because a digits run has a third of its optimiser steps. `attack_steps` is
-    PGD's number of steps with `step_fraction` of eps each. `select` says which validation number picks the epoch:
-    clean accuracy, robust accuracy or their mean. `balance` weighs the loss that spreads the load over the experts.
-    `init_from` names models
-    whose
-    weights start a part of this one; a model with zero epochs is their composition.
+    A paper with settings of its own subclasses it. Schedules run over the span of a phase: "triangular" swings between
+    `lr_low` and `lr_high`, a triangle per `1 / cycles` of it, as in RT-ER's code; the others start at `lr_high`, rise
+    to it over `warmup` of the span, and fall to `lr_low` by a cosine, by the power 0.9 ("poly"), or not at all. The
+    digits' rates are ten to twenty times RT-ER's, because a digits run has a third of its optimiser steps.
+
+    Attributes:
+        epochs: passes over the training data; 0 for a model that is composed of trained ones.
+        optimizer: "adam" or "sgd" (Nesterov if `nesterov`), with `momentum` and `weight_decay`.
+        clip: largest norm of the gradient, 0 for none.
+        attack_steps, step_fraction: PGD's number of steps, of so much of eps each.
+        beta: weight of the objective's second term.
+        balance: weight of the loss that spreads the load over the experts.
+        translate, flip: augmentation: shifts by up to so many pixels, horizontal flips.
+        select: which validation number picks the epoch: clean accuracy, robust accuracy or their mean.
+        init_from: models whose weights start a part of this one, by the part's name.
     """
 
     epochs: int
@@ -52,20 +80,45 @@ class Recipe:
     translate: int = 1
     select: Literal["clean", "robust", "mean"] = "robust"
     init_from: Mapping[str, str] = field(default_factory=dict)
+    optimizer: Literal["adam", "sgd"] = "adam"
+    momentum: float = 0.9
+    nesterov: bool = False
+    weight_decay: float = 0.0
+    schedule: Literal["triangular", "cosine", "poly", "constant"] = "triangular"
+    warmup: float = 0.0
+    clip: float = 0.0
+    flip: bool = False
 
     def __post_init__(self) -> None:
         for name, least in (("epochs", 0), ("batch_size", 1), ("cycles", 1), ("attack_steps", 0), ("translate", 0)):
             value = getattr(self, name)
             if type(value) is not int or value < least:
                 raise UsageError(f"{name} of a recipe must be a whole number >= {least}, got {value!r}")
-        for name in ("lr_low", "lr_high", "step_fraction", "beta", "balance"):
+        for name in (
+            "lr_low", "lr_high", "step_fraction", "beta", "balance", "momentum", "weight_decay", "warmup", "clip",
+        ):  # fmt: skip
             value = getattr(self, name)
             if type(value) not in (int, float) or not 0 <= value < math.inf:
                 raise UsageError(f"{name} of a recipe must be a finite number >= 0, got {value!r}")
-        if self.select not in ("clean", "robust", "mean"):
-            raise UsageError(f"select of a recipe must be clean, robust or mean, got {self.select!r}")
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise UsageError(f"{name} of a recipe must be {_either(choices)}, got {getattr(self, name)!r}")
+        for name in ("nesterov", "flip"):
+            if type(getattr(self, name)) is not bool:
+                raise UsageError(f"{name} of a recipe must be True or False, got {getattr(self, name)!r}")
         if not isinstance(self.init_from, Mapping):
             raise UsageError(f"init_from of a recipe must map parts to model names, got {self.init_from!r}")
+
+
+CHOICES: Mapping[str, tuple[str, ...]] = {
+    "select": ("clean", "robust", "mean"),
+    "optimizer": ("adam", "sgd"),
+    "schedule": ("triangular", "cosine", "poly", "constant"),
+}
+
+
+def _either(words: tuple[str, ...]) -> str:
+    return f"{', '.join(words[:-1])} or {words[-1]}"
 
 
 PhaseLoss = Callable[[Any, Tensor, Tensor, Adversary, Recipe], Tensor]
@@ -73,13 +126,18 @@ PhaseLoss = Callable[[Any, Tensor, Tensor, Adversary, Recipe], Tensor]
 
 @dataclass(frozen=True)
 class Phase:
-    """One optimiser step per batch: which part of the model it trains ("" for all of it) and the loss it lowers.
+    """One optimiser step per batch, with an optimiser of its own.
 
-    The loss maps (model, images, labels, adversary, recipe) to a scalar.
+    Attributes:
+        loss: maps (model, images, labels, adversary, recipe) to the scalar to lower.
+        part: the part of the model that it trains, "" for all of it.
+        span: when it is active, as shares of the epochs: (0, 0.6) is pre-training, (0.6, 1) what follows it. The
+            epoch that is kept comes from those in which the last phase is active.
     """
 
     loss: PhaseLoss
     part: str = ""
+    span: tuple[float, float] = (0.0, 1.0)
 
     def parameters(self, model: nn.Module) -> list[nn.Parameter]:
         module = model.get_submodule(self.part) if self.part else model
