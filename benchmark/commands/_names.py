@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from moebench.errors import UsageError
 from moebench.registry import check_attack_name, model_registry
-from moebench.schema import split_part
+from moebench.schema import check_view_name, split_part
 
 
 def check_model_name(name: str) -> None:
@@ -29,3 +29,11 @@ def check_attack_names(names: Iterable[str]) -> None:
     """
     for name in names:
         check_attack_name(name)
+
+
+def check_names(model: str, attacks: tuple[str, ...], views: tuple[str, ...]) -> None:
+    """Wrong names are answered before torch is imported."""
+    check_model_name(model)
+    check_attack_names(attacks)
+    for view in views:
+        check_view_name(view)

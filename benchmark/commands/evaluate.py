@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 import shlex
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from moebench.commands._names import check_attack_names, check_model_name
+from moebench.commands._guard import users_code
+from moebench.commands._names import check_names
 from moebench.commands._options import (
     database_option,
     debug_option,
@@ -22,13 +20,10 @@ from moebench.commands._options import (
     split_names,
     training_options,
 )
-from moebench.errors import RunError
-from moebench.schema import PRECISIONS, ThreatModel, check_view_name, parse_radii
+from moebench.schema import PRECISIONS, ThreatModel, parse_radii
 
 if TYPE_CHECKING:
-    from moebench.evaluation import EvalSpec, PlannedCell
-    from moebench.summary import Summary
-    from moebench.sweep import Sweep
+    from moebench.evaluation import EvalSpec
 
 
 NUMERIC_OPTIONS = {
@@ -121,7 +116,9 @@ def evaluate_command(
     if as_json:
         click.echo(json.dumps(summary.to_json()))
     else:
-        _print(summary, spec)
+        from moebench.commands._say import print_summary
+
+        print_summary(summary, spec)
 
 
 def _texts(radii: dict[float, str], cold: bool, spec: EvalSpec) -> list[str]:
@@ -140,14 +137,18 @@ def _sweep(spec: EvalSpec, commands: dict[float, str], *, cold: bool, as_json: b
     if dry_run:
         with users_code():
             planned = plan_sweep(spec, radii, cold=cold)
-        _say_planned_sweep(planned, as_json)
+        from moebench.commands._say import say_planned_sweep
+
+        say_planned_sweep(planned, as_json)
         return
     with listening() as listener, users_code():
         found = sweep(spec, radii, cold=cold, commands=commands, listener=listener)
     if as_json:
         click.echo(json.dumps(found.to_json()))
     else:
-        _print_sweep(found, spec)
+        from moebench.commands._say import print_sweep
+
+        print_sweep(found, spec)
 
 
 def command_line(
@@ -175,24 +176,6 @@ def command_line(
     return shlex.join(words)
 
 
-def check_names(model: str, attacks: tuple[str, ...], views: tuple[str, ...]) -> None:
-    """Wrong names are answered before torch is imported."""
-    check_model_name(model)
-    check_attack_names(attacks)
-    for view in views:
-        check_view_name(view)
-
-
-@contextmanager
-def users_code() -> Iterator[None]:
-    """What a user's model prints must not mix with the results, and its sys.exit must not pass for ours."""
-    try:
-        with redirect_stdout(sys.stderr):
-            yield
-    except SystemExit as error:
-        raise RunError(f"the code of the model called sys.exit({error.code!r})") from error
-
-
 def _dry_run(spec: EvalSpec, as_json: bool) -> None:
     from moebench.evaluation import plan_only
 
@@ -201,74 +184,7 @@ def _dry_run(spec: EvalSpec, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps({"cells": [cell.to_json() for cell in planned]}))
         return
+    from moebench.commands._say import in_words
+
     for cell in planned:
-        click.echo(_in_words(cell))
-
-
-def _in_words(cell: PlannedCell) -> str:
-    state = (
-        "stored already" if cell.stored else f"at most {cell.forwards:,} forward and {cell.backwards:,} backward passes"
-    )
-    return f"{cell.attack} on view {cell.view}, {cell.n} samples: {state}"
-
-
-def _say_planned_sweep(planned: dict[float, list[PlannedCell]], as_json: bool) -> None:
-    from moebench.schema import format_eps
-
-    if as_json:
-        radii = [{"eps": eps, "cells": [cell.to_json() for cell in cells]} for eps, cells in planned.items()]
-        click.echo(json.dumps({"radii": radii}))
-        return
-    for eps, cells in planned.items():
-        for cell in cells:
-            click.echo(f"eps {format_eps(eps)}: {_in_words(cell)}")
-
-
-def _print(summary: Summary, spec: EvalSpec) -> None:
-    from moebench.commands._tables import headline_lines, results_lines, standard_output
-
-    console = standard_output()
-    threat = ThreatModel(spec.norm, summary.eps)
-    console.print(f"[bold]{_plain(summary.model)}[/bold] on {_plain(summary.dataset)}, n = {summary.n}, {threat}")
-    if spec.precision == "bfloat16-only":
-        console.print("[yellow]a quick look[/yellow]: searched in bfloat16 only, an upper bound that is not ranked")
-    for line in headline_lines(summary):
-        console.print(line)
-    for line in results_lines(summary.results, console.width):
-        console.print(line)
-    for flag in summary.flags:
-        console.print(f"[yellow]flag[/yellow] {_plain(flag.code)}: {_plain(flag.evidence)}")
-    if summary.flags:
-        console.print(f"What a flag means and what to try: moebench show {summary.run_id}")
-    if summary.reused:
-        what = "All" if summary.reused == len(summary.results) else f"{summary.reused} of {len(summary.results)}"
-        console.print(f"{what} results were in the database already and not computed again (--fresh does).")
-    console.print(f"run {summary.run_id}, {summary.seconds:.1f} s")
-    if spec.save_adv is not None:
-        console.print(f"adversarial images: {_plain(str(spec.save_adv))}")
-
-
-def _print_sweep(found: Sweep, spec: EvalSpec) -> None:
-    from moebench.commands._tables import curve_lines, interval, standard_output
-
-    console, first = standard_output(), found.summaries[0]
-    console.print(f"[bold]{_plain(first.model)}[/bold] on {_plain(first.dataset)}, n = {first.n}, {spec.norm}")
-    console.print(f"  SA  {interval(first.sa, first.n)}")
-    console.print("  accuracy in percent, by eps:")
-    for line in curve_lines(found, console.width):
-        console.print(line)
-    flags = dict.fromkeys((flag.code, flag.evidence, one.eps) for one in found.summaries for flag in one.flags)
-    for code, evidence, eps in flags:
-        console.print(f"[yellow]flag[/yellow] {code} at {ThreatModel(spec.norm, eps)}: {_plain(evidence)}")
-    reused, total = (sum(counts) for counts in zip(*((s.reused, len(s.results)) for s in found.summaries), strict=True))
-    if reused:
-        what = "All" if reused == total else f"{reused} of {total}"
-        console.print(f"{what} results were in the database already and not computed again (--fresh does).")
-    for summary in found.summaries:
-        console.print(f"run {summary.run_id}, {ThreatModel(spec.norm, summary.eps)}, {summary.seconds:.1f} s")
-
-
-def _plain(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
+        click.echo(in_words(cell))

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from moebench.commands._guard import users_code
 from moebench.commands._names import check_attack_names, check_model_name
 from moebench.commands._options import database_option, debug_option, seed_option, split_names
-from moebench.commands.evaluate import users_code
 from moebench.errors import RunError, UsageError
 from moebench.schema import parse_eps
 

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
+from moebench.commands._guard import users_code
+from moebench.commands._names import check_names
 from moebench.commands._options import (
     database_option,
     debug_option,
@@ -19,7 +21,6 @@ from moebench.commands._options import (
     settings_option,
     training_options,
 )
-from moebench.commands.evaluate import check_names, users_code
 from moebench.errors import UsageError
 from moebench.registry import attack_registry
 from moebench.schema import parse_eps
