@@ -62,6 +62,14 @@ def test_who_has_routing_is_listed_and_what_is_missing_has_a_reason() -> None:
     assert same.points == 0 and same.found == () and same.paired is not None and same.paired.p == 1.0
 
 
+def test_a_sample_that_several_results_break_counts_once() -> None:
+    made = store()
+    made.add(model("both"), "moe-adaptive", first_broken(200, 110), stage="apgd-t")
+    (board,) = tables.build(made).boards
+    both = next(one for one in board.missed if one.label == "both")
+    assert both.found == (("region", 20), ("apgd-t", 10)) and both.paired == Paired(0, 30)
+
+
 def test_the_page_and_the_table_say_it_escaped() -> None:
     files = render(store())
     page = files["index.html"]

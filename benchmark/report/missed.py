@@ -61,8 +61,11 @@ def missed(label: str, page: str, cells: Sequence[Evidence]) -> Missed | None:
     worst_case([one.outcomes for one in (*standard, *adaptive)])
     after = worst_case([one.outcomes for one in adaptive])
     found: Counter[str] = Counter()
-    for one in adaptive:
-        found.update(stage for stage, was_left in zip(one.outcomes.stage, before, strict=True) if stage and was_left)
+    left = before.copy()
+    # A sample counts once: under several results (other seeds, an earlier plan) for the newest that breaks it.
+    for one in sorted(adaptive, key=lambda one: one.stored.result_id, reverse=True):
+        found.update(stage for stage, was_left in zip(one.outcomes.stage, left, strict=True) if stage and was_left)
+        left &= ~one.outcomes.broken
     ranked = tuple(sorted(found.items(), key=lambda item: (-item[1], item[0])))
     why = f"{ADAPTIVE} against {STANDARD} on the same {before.size} samples"
     return Missed(label, page, measures[0], measures[1], paired(before, after), ranked, why)
