@@ -9,6 +9,7 @@ from moebench.claims import load_claims
 from moebench.models._base import MODELS, ModelEntry
 from moebench.models._moe import MoELayer, moe_layers
 from moebench.models._weights import SHIPPED, read_card
+from moebench.registry import recipes_of
 from moebench.schema import Claim, ThreatModel
 
 DIGITS_SHAPE = (1, 8, 8)
@@ -69,6 +70,7 @@ def _recipe(entry: ModelEntry) -> Iterator[str]:
     for phase in entry.objective:
         yield f"  trains {phase.part or 'the whole model'}"
     yield f"  moebench train --model {entry.name} --dataset digits"
+    yield f"  --recipe takes {', '.join(recipes_of(entry.name))}"
 
 
 def _weights(entry: ModelEntry) -> Iterator[str]:

@@ -23,6 +23,7 @@ from moebench.models._base import MODELS
 from moebench.models._moe import moe_layers
 from moebench.models._weights import load_into, read_weights, shipped_weights, state_sha256
 from moebench.parts import part_of
+from moebench.recipes import own_settings, variant_name
 from moebench.schema import PART_FAMILY, CheckpointRecord, ModelRecord, split_part
 
 
@@ -98,14 +99,17 @@ def _from_registry(name: str, dataset: Dataset, weights: Path | None, settings: 
     if tuple(card["shape"]) != dataset.shape:
         have, need = "×".join(map(str, card["shape"])), "×".join(map(str, dataset.shape))
         raise UsageError(f"the weights {path} are for images of {have}, and {dataset.name} has {need}")
-    changed = {**_own_settings(card, entry.settings), **settings}
+    changed = {**own_settings(card, entry.settings), **settings}
     module = entry.make(card["num_classes"], dataset.shape, **changed)
     load_into(module, state, str(path))
-    # A variant is a model of its own in tables: "rt-er[router=frozen]".
-    variant = f"[{','.join(f'{key}={value}' for key, value in sorted(changed.items()))}]" if changed else ""
-    record = replace(entry.record(), name=f"{name}{variant}")
+    # A variant is a model of its own in tables: "rt-er[router=frozen]", "resnet-at[recipe=free-at]".
+    recipe_name = card.get("objective")
+    record = replace(entry.record(), name=variant_name(name, recipe_name, changed))
+    if recipe_name is not None:
+        record = replace(record, training=card["training"])
     origin = "shipped" if weights is None else path.name
     recipe = {key: card.get(key) for key in ("recipe", "settings", "seed", "validation", "command", "initialised_from")}
+    recipe |= {} if recipe_name is None else {"objective": recipe_name}
     checkpoint = _checkpoint(
         module, card["sha256"], record.name, card.get("dataset"), origin, dataset, recipe, card.get("log", ())
     )
@@ -130,15 +134,12 @@ def _check_card(card: Mapping[str, Any], path: Path) -> None:
         "shape": isinstance(card.get("shape"), list),
         "settings": isinstance(card.get("settings", {}), dict),
         "log": isinstance(card.get("log", []), list),
+        "objective": card.get("objective") is None or isinstance(card["objective"], str),
+        "training": card.get("objective") is None or isinstance(card.get("training"), str),
     }
     wrong = [key for key, fine in usable.items() if not fine]
     if wrong:
         raise UsageError(f"the card of {path} has no usable {wrong[0]}; `moebench train` writes one")
-
-
-def _own_settings(card: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings that the weights were trained with and that differ from the registry entry's own."""
-    return {key: value for key, value in card.get("settings", {}).items() if defaults.get(key) != value}
 
 
 def _from_factory(name: str, dataset: Dataset) -> LoadedModel:

@@ -28,12 +28,16 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 @dataclass(frozen=True)
 class Declaration:
-    """Where a name is declared, and the literal keyword arguments of its decorator."""
+    """Where a name is declared, and the literal keyword arguments of its decorator.
+
+    `definition` is the function or class that the decorator stands on; names that share one are variants of one thing.
+    """
 
     name: str
     module: str
     origin: str
     facts: Mapping[str, Any] = field(default_factory=dict)
+    definition: str | None = None
 
     @property
     def pattern(self) -> str | None:
@@ -54,14 +58,24 @@ class Registry(Generic[T]):
         folder: the folder of that package.
         decorator: the name of the decorator that declares a member.
         group: entry-point group through which other packages add members; the entry point's value is a module.
+        files: which files of the folder declare members, as a glob pattern.
     """
 
-    def __init__(self, kind: str, package: str, folder: Path, decorator: str, group: str | None = None) -> None:
+    def __init__(
+        self,
+        kind: str,
+        package: str,
+        folder: Path,
+        decorator: str,
+        group: str | None = None,
+        files: str = "[!_]*.py",
+    ) -> None:
         self.kind = kind
         self._package = package
         self._folder = folder
         self._decorator = decorator
         self._group = group
+        self._files = files
         self._members: dict[str, T] = {}
         self._origins: dict[str, str] = {}
         self._declared: dict[str, Declaration] | None = None
@@ -174,9 +188,8 @@ class Registry(Generic[T]):
         return self._declared
 
     def _scan(self) -> Iterator[Declaration]:
-        for path in sorted(self._folder.glob("*.py")):
-            if not path.name.startswith("_"):
-                yield from scan(path, f"{self._package}.{path.stem}", self._decorator)
+        for path in sorted(self._folder.glob(self._files)):
+            yield from scan(path, f"{self._package}.{path.stem}", self._decorator)
 
     def _plugins(self) -> Iterator[Declaration]:
         if self._group is None:
@@ -197,7 +210,7 @@ def scan(path: Path, module: str, decorator: str) -> Iterator[Declaration]:
             facts = {
                 word.arg: ast.literal_eval(word.value) for word in call.keywords if word.arg and _literal(word.value)
             }
-            yield Declaration(name, module, f"{path.name}:{call.lineno}", facts)
+            yield Declaration(name, module, f"{path.name}:{call.lineno}", facts, getattr(node, "name", None))
 
 
 def _inside(name: str, package: str) -> bool:
@@ -251,11 +264,23 @@ def attack_registry() -> Registry[Any]:
     return _of_package("attack", "moebench.attacks", "register_attack")
 
 
+@cache
+def objective_registry() -> Registry[Any]:
+    """The training objectives that fit any classifier; their names are known without importing torch."""
+    return Registry(
+        "recipe", "moebench.models", _folder("moebench.models"), "register_objective", files="_objectives.py"
+    )
+
+
 def _of_package(kind: str, package: str, decorator: str) -> Registry[Any]:
+    return Registry(kind, package, _folder(package), decorator, package)
+
+
+def _folder(package: str) -> Path:
     spec = find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         raise ImportError(f"the package {package} is not installed completely")
-    return Registry(kind, package, Path(next(iter(spec.submodule_search_locations))), decorator, package)
+    return Path(next(iter(spec.submodule_search_locations)))
 
 
 LIBRARY = "torchattacks"
@@ -296,3 +321,44 @@ def check_attack_name(name: str) -> None:
         close = difflib.get_close_matches(kind.lower(), folded, n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(f'{LIBRARY}:{folded[one]}' for one in close)}?" if close else "classes: "
         raise UsageError(f"unknown attack {name!r}; {hint}" + ("" if close else ", ".join(folded.values())))
+
+
+COMPOSED = "composed"
+"""The `training` of models that are put together from trained ones."""
+
+
+def recipes_of(model: str) -> list[str]:
+    """What `--recipe` takes for a model, without importing torch.
+
+    The objectives that fit any classifier, and the models of the same builder that have an objective of their own.
+    """
+    declared = {one.name: one for one in model_registry().declarations()}
+    own = declared.get(model)
+    alike = [
+        one.name
+        for one in declared.values()
+        if own is not None
+        and (one.name == model or (own.definition and (one.module, one.definition) == (own.module, own.definition)))
+        and one.facts.get("training") != COMPOSED
+    ]
+    return [*objective_registry().names(), *alike]
+
+
+def recipe_refusal(model: str, recipe: str) -> str:
+    """The message for a recipe that this model cannot be trained by."""
+    offered = recipes_of(model)
+    takes = f"{model} takes {', '.join(offered)}"
+    if recipe in model_registry():
+        return f"recipe {recipe!r} does not fit {model}, a model of another kind; {takes}"
+    close = difflib.get_close_matches(recipe.lower(), offered, n=2, cutoff=0.5)
+    return f"unknown recipe {recipe!r}; " + (f"did you mean {' or '.join(close)}? " if close else "") + takes
+
+
+def check_recipe_name(model: str, recipe: str) -> None:
+    """Refuses a recipe that a registered model cannot be trained by, without importing torch.
+
+    Raises:
+        UsageError: an unknown recipe, or one of another kind of model.
+    """
+    if recipe not in recipes_of(model):
+        raise UsageError(recipe_refusal(model, recipe))

@@ -39,7 +39,8 @@ def balanced(
                 module = part(model)
                 soft, hard = route(module, x, soft=True), route(module, x)
                 terms = [switch_loss(soft[name].weights, hard[name].selected) for name in soft]
-                value = value + recipe.balance * torch.stack(terms).sum()
+                # A dense model has none.
+                value = value + recipe.balance * torch.stack(terms).sum() if terms else value
             return value
 
         return total

@@ -22,6 +22,11 @@ Forward = Callable[[Tensor], Tensor]
 class Adversary(Protocol):
     """The inner maximisation of adversarial training, given to an objective by the training loop."""
 
+    @property
+    def eps(self) -> float:
+        """The radius in force where a call names no other."""
+        ...
+
     def __call__(
         self,
         forward: Forward,
@@ -32,6 +37,7 @@ class Adversary(Protocol):
         eps: float | None = None,
         step_size: float | None = None,
         random_start: bool = True,
+        from_clean: bool = False,
     ) -> Tensor:
         """Images inside the threat model around x that raise `loss(forward(x_adv))`, a (B,) tensor.
 
@@ -43,6 +49,19 @@ class Adversary(Protocol):
             eps: radius instead of the threat model's.
             step_size: instead of the recipe's share of eps.
             random_start: start at a random point of the ball instead of x.
+            from_clean: add each step to x instead of to the point where its gradient was taken.
+        """
+        ...
+
+    def carried(self, x: Tensor) -> Tensor:
+        """The images x + δ, with one δ that all batches share and hand on (Free AT); its place in the batch is fixed.
+
+        What is computed from them is part of the loss: the backward pass that gives the weights their gradient also
+        moves δ, by one ascent step of eps inside the ball. δ begins at 0.
+
+        Args:
+            x: images in [0, 1], (B, C, H, W).
+        Returns: images in [0, 1] within eps of x, same shape.
         """
         ...
 
@@ -66,6 +85,13 @@ class Recipe:
         translate, flip: augmentation: shifts by up to so many pixels, horizontal flips.
         select: which validation number picks the epoch: clean accuracy, robust accuracy or their mean.
         init_from: models whose weights start a part of this one, by the part's name.
+        ema: decay, per batch, of the moving average of the weights that is validated and saved; 0 for none.
+        replays: optimiser steps in a row on each batch (m of Free AT).
+        eps_fraction: radius of the attacks in training as a share of the threat model's; validation keeps to that.
+        fast_step, fast_from: step of Fast AT in units of eps, and whether it is added to the random "start" (Wong et
+            al.) or to the "clean" image.
+        validate_every: epochs from one validation to the next; the last epoch is always validated.
+        precision: of the optimiser's passes (autocast); attacks in training and validation stay in float32.
     """
 
     epochs: int
@@ -88,18 +114,31 @@ class Recipe:
     warmup: float = 0.0
     clip: float = 0.0
     flip: bool = False
+    ema: float = 0.0
+    replays: int = 1
+    eps_fraction: float = 1.0
+    fast_step: float = 1.25
+    fast_from: Literal["start", "clean"] = "start"
+    validate_every: int = 1
+    precision: Literal["float32", "float16", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
-        for name, least in (("epochs", 0), ("batch_size", 1), ("cycles", 1), ("attack_steps", 0), ("translate", 0)):
+        for name, least in (
+            ("epochs", 0), ("batch_size", 1), ("cycles", 1), ("attack_steps", 0), ("translate", 0), ("replays", 1),
+            ("validate_every", 1),
+        ):  # fmt: skip
             value = getattr(self, name)
             if type(value) is not int or value < least:
                 raise UsageError(f"{name} of a recipe must be a whole number >= {least}, got {value!r}")
         for name in (
             "lr_low", "lr_high", "step_fraction", "beta", "balance", "momentum", "weight_decay", "warmup", "clip",
+            "ema", "eps_fraction", "fast_step",
         ):  # fmt: skip
             value = getattr(self, name)
             if type(value) not in (int, float) or not 0 <= value < math.inf:
                 raise UsageError(f"{name} of a recipe must be a finite number >= 0, got {value!r}")
+        if self.ema >= 1:
+            raise UsageError(f"ema of a recipe must be less than 1, got {self.ema!r}")
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise UsageError(f"{name} of a recipe must be {_either(choices)}, got {getattr(self, name)!r}")
@@ -114,6 +153,8 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "select": ("clean", "robust", "mean"),
     "optimizer": ("adam", "sgd"),
     "schedule": ("triangular", "cosine", "poly", "constant"),
+    "fast_from": ("start", "clean"),
+    "precision": ("float32", "float16", "bfloat16"),
 }
 
 
@@ -149,6 +190,8 @@ class ModelEntry:
     """A registered model: its builder with the settings that make this variant, its recipe and its objective.
 
     `version` is raised when the same weights compute something else than before; stored results then no longer count.
+    `regularize` adds the model's own terms (such as its load-balancing losses) to the phases of a general objective
+    that is put on it; by default `recipe.balance` times the switch loss.
     """
 
     name: str
@@ -162,6 +205,7 @@ class ModelEntry:
     recipe: Recipe | None = None
     objective: tuple[Phase, ...] = ()
     version: int = 1
+    regularize: Callable[[tuple[Phase, ...]], tuple[Phase, ...]] | None = None
 
     def make(self, num_classes: int, shape: Shape, **settings: Any) -> nn.Module:
         """A model with fresh weights for images of that shape.

@@ -220,7 +220,12 @@ def test_a_model_is_trained_and_then_evaluated(moebench: Terminal) -> None:
     assert program == "moebench" and "evaluate" in words
     found = moebench.evaluate("resnet-st", "fgsm", 40, "--weights", "my runs/resnet-st.safetensors", "--json").json
     assert found["sa"] > 0.2 and found["ra"] <= found["sa"]
-    assert sorted(moebench.files()) == ["my runs/resnet-st.json", "my runs/resnet-st.safetensors", "results.db"]
+    assert sorted(moebench.files()) == [
+        "my runs/resnet-st.json",
+        "my runs/resnet-st.log.jsonl",
+        "my runs/resnet-st.safetensors",
+        "results.db",
+    ]
 
 
 @pytest.mark.parametrize(("model", "attack"), [(DENSE, "fgsm"), (DENSE, "pgd-10"), (MOE, "apgd-ce")])

@@ -288,6 +288,8 @@ def test_registered_model_is_refused_with_the_reason(tmp_path: Path, digits: Dat
         {"settings": {"depth": 3}},
         {"log": None},
         {"log": 3},
+        {"objective": 3},
+        {"objective": "at"},
     ],
 )
 def test_strange_card_is_refused(tmp_path: Path, digits: Dataset, changes: dict[str, Any]) -> None:

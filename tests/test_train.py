@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import copy
+import hashlib
 import json
+import math
 import os
 import resource
 import signal
@@ -8,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +21,11 @@ from safetensors.torch import load_file
 from small_models import Flat
 from torch import Tensor, nn
 from torch.nn import functional as F
+from toys import PlainOracle, digits, make_rows
 
+from moebench.attacks._engine import Samples
+from moebench.attacks.pgd import PGD
+from moebench.cli import main
 from moebench.datasets import load_dataset
 from moebench.errors import RunError, UsageError
 from moebench.models import MODELS
@@ -27,10 +35,20 @@ from moebench.models._resnet import resnet8
 from moebench.models._weights import read_weights
 from moebench.schema import ThreatModel
 from moebench.threat import within
-from moebench.train import EpochLog, Trainer, TrainingAdversary, TrainSpec, split_settings, train
+from moebench.train import (
+    EpochLog,
+    Trainer,
+    TrainingAdversary,
+    TrainSpec,
+    make_optimizer,
+    make_schedule,
+    split_settings,
+    train,
+)
 
 # Fewer steps than the recipes: the loop is the same and an epoch takes a fraction of a second.
 # One cycle, or the learning rate would be the same at the start of every epoch.
+FILES = ["resnet-at.json", "resnet-at.log.jsonl", "resnet-at.safetensors"]
 QUICK: dict[str, Any] = {"cycles": 1, "attack_steps": 1, "batch_size": 100, "lr_low": 2e-3, "lr_high": 8e-3}
 
 
@@ -68,7 +86,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_weights_and_card(undisturbed: Path) -> None:
-    assert sorted(os.listdir(undisturbed.parent)) == ["resnet-at.json", "resnet-at.safetensors"]
+    assert sorted(os.listdir(undisturbed.parent)) == FILES
     state, card = read_weights(undisturbed)
     assert (card["model"], card["dataset"], card["seed"]) == ("resnet-at", "digits", 0)
     assert (card["num_classes"], card["shape"]) == (10, [1, 8, 8])
@@ -142,13 +160,13 @@ def test_goes_on_after_each_interruption_as_if_there_had_been_none(tmp_path: Pat
     for epoch in (1, 3):
         with pytest.raises(KeyboardInterrupt):
             train(spec(tmp_path, epochs=4), Interrupt(epoch))
-        assert os.listdir(tmp_path) == [".resnet-at.training.pt"]
+        assert sorted(os.listdir(tmp_path)) == [".resnet-at.training.pt", "resnet-at.log.jsonl"]
     last = Interrupt(0)
     path, card = train(spec(tmp_path, epochs=4), last)
     assert last.seen == [4]
     assert path.read_bytes() == undisturbed.read_bytes()
     assert card["log"] == read_weights(undisturbed)[1]["log"]
-    assert sorted(os.listdir(tmp_path)) == ["resnet-at.json", "resnet-at.safetensors"]
+    assert sorted(os.listdir(tmp_path)) == FILES
 
 
 def test_goes_on_after_a_kill_as_if_there_had_been_none(tmp_path: Path, undisturbed: Path) -> None:
@@ -180,9 +198,9 @@ def interrupted(tmp_path: Path) -> Path:
 def test_checkpoint_of_another_run_is_refused(interrupted: Path, changes: dict[str, Any]) -> None:
     before = interrupted.read_bytes()
     message = refused(spec(interrupted.parent, **changes))
-    assert "belongs to a run with another recipe or seed; delete it or use --fresh" in message
+    assert "belongs to a run with another recipe or seed, or on other data; delete it or use --fresh" in message
     assert interrupted.read_bytes() == before
-    assert os.listdir(interrupted.parent) == [interrupted.name]
+    assert sorted(os.listdir(interrupted.parent)) == [interrupted.name, "resnet-at.log.jsonl"]
 
 
 def test_fresh_starts_over(interrupted: Path) -> None:
@@ -218,7 +236,7 @@ def test_damaged_checkpoint_is_refused(interrupted: Path, damage: Callable[[Path
     message = refused(spec(interrupted.parent))
     assert message.startswith(f"cannot read {interrupted}")
     assert message.endswith("delete it or use --fresh")
-    assert os.listdir(interrupted.parent) == [interrupted.name]
+    assert sorted(os.listdir(interrupted.parent)) == [interrupted.name, "resnet-at.log.jsonl"]
 
 
 # --- what cannot be written
@@ -304,6 +322,39 @@ def test_checkpoint_of_another_start_is_refused(tmp_path: Path, halves: Path) ->
     assert "belongs to a run with another recipe or seed" in refused(wanted)
 
 
+# --- what lies there already
+
+
+def test_weights_of_another_variant_are_not_written_over(tmp_path: Path) -> None:
+    quick = {"recipe": {"batch_size": 50, "balance": 0.0}, "epochs": 1}
+    path, _ = train(spec(tmp_path, "st-moe", settings={"experts": 2}, **quick))
+    before = path.read_bytes()
+    message = refused(spec(tmp_path, "st-moe", **quick))
+    assert message == (
+        f"{path} holds st-moe[experts=2] trained on digits; choose another --out, or --fresh to replace it"
+    )
+    assert path.read_bytes() == before
+    train(spec(tmp_path, "st-moe", settings={"experts": 2}, seed=1, **quick))
+    assert path.read_bytes() != before, "another seed is the same model"
+    train(spec(tmp_path, "st-moe", fresh=True, **quick))
+    assert read_weights(path)[1]["settings"] == {}
+
+
+def test_leftovers_of_killed_processes_go(tmp_path: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", ""]) as gone:
+        pass
+    mine, living = os.getpid(), os.getppid()
+    stale = [f".resnet-st.training.{gone.pid}", f".resnet-st.training.{mine}", f".resnet-st.safetensors.{gone.pid}"]
+    stale += [f".resnet-st.json.{gone.pid}"]
+    kept = [f".resnet-st.training.{living}", f".resnet-at.training.{gone.pid}", ".resnet-st.training.x", "notes"]
+    for name in (*stale, *kept):
+        (tmp_path / name).write_text("a part")
+    train(spec(tmp_path, "resnet-st"))
+    assert sorted(os.listdir(tmp_path)) == sorted(
+        [*kept, "resnet-st.json", "resnet-st.log.jsonl", "resnet-st.safetensors"]
+    )
+
+
 # --- runs that fail
 
 
@@ -322,6 +373,21 @@ def learns_nothing(model: nn.Module, x: Tensor, y: Tensor, adversary: Adversary,
 FACTS: dict[str, Any] = {"summary": "a test's", "family": "dense", "training": "none"}
 
 
+SURE: dict[str, Any] = {"optimizer": "sgd", "schedule": "constant", "lr_high": 0.5, "momentum": 0.0}
+"""Teaches a linear model the digits in two epochs."""
+
+
+def then_nothing(model: nn.Module, x: Tensor, y: Tensor, adversary: Adversary, recipe: Recipe) -> Tensor:
+    """Drives the weights to where all images get the same answer."""
+    logits: Tensor = model(x)
+    return -1e3 * logits[:, 3].mean()
+
+
+LATE = (Phase(STANDARD[0].loss, span=(0.0, 0.5)), Phase(then_nothing, span=(0.5, 1.0)))
+
+
+@register_model("test-fragile", recipe=Recipe(epochs=4), objective=STANDARD, **FACTS)
+@register_model("test-late", recipe=Recipe(epochs=4), objective=LATE, **FACTS)
 @register_model("test-nan", recipe=Recipe(epochs=2), objective=(Phase(not_a_number),), **FACTS)
 @register_model("test-collapse", recipe=Recipe(epochs=2), objective=(Phase(learns_nothing),), **FACTS)
 @register_model("test-untrained", **FACTS)
@@ -329,18 +395,54 @@ def flat(num_classes: int, shape: Shape) -> nn.Module:
     return Flat(64, num_classes)
 
 
-def test_nan_stops_the_run_and_leaves_nothing(tmp_path: Path) -> None:
+def test_nan_stops_the_run_and_leaves_its_log(tmp_path: Path) -> None:
     listen = Interrupt(0)
-    with pytest.raises(RunError, match="the loss of test-nan became nan in epoch 2; nothing was saved"):
+    with pytest.raises(RunError, match=r"the loss of test-nan became nan in epoch 2; nothing was saved but .*jsonl$"):
         train(spec(tmp_path, "test-nan"), listen)
     assert listen.seen == [1]
+    assert os.listdir(tmp_path) == ["test-nan.log.jsonl"]
+
+
+def test_nan_in_the_first_epoch_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"the loss of test-nan became nan in epoch 1; nothing was saved$"):
+        train(spec(tmp_path, "test-nan", recipe={"batch_size": 50}))
     assert os.listdir(tmp_path) == []
 
 
-def test_collapse_stops_the_run_and_leaves_nothing(tmp_path: Path) -> None:
+def test_collapse_stops_the_run_and_leaves_its_log(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="test-collapse collapsed: validation accuracy never passed 20%; nothing was"):
         train(spec(tmp_path, "test-collapse"))
-    assert os.listdir(tmp_path) == []
+    assert os.listdir(tmp_path) == ["test-collapse.log.jsonl"]
+
+
+def test_collapse_after_pre_training_is_a_collapse(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="test-late collapsed: validation accuracy never passed 20%"):
+        train(spec(tmp_path, "test-late", epochs=4, recipe={**SURE, "batch_size": 10}))
+    log = [json.loads(line) for line in (tmp_path / "test-late.log.jsonl").read_text().splitlines()]
+    assert max(line["val_clean"] for line in log[:2]) > 0.5 > max(line["val_clean"] for line in log[2:])
+
+
+@pytest.mark.parametrize("select", ["clean", "robust", "mean"])
+def test_robust_accuracy_at_chance_is_no_success(tmp_path: Path, select: str) -> None:
+    # Four epochs are all that this registered recipe has.
+    wanted = spec(tmp_path, "test-fragile", epochs=4, recipe={**SURE, "select": select, "attack_steps": 10})
+    if select == "clean":
+        assert "warning" not in train(wanted)[1]["validation"]
+        return
+    with pytest.raises(RunError, match=r"test-fragile collapsed: robust validation accuracy \d\.\d%, and a constant"):
+        train(wanted)
+    assert os.listdir(tmp_path) == ["test-fragile.log.jsonl"]
+
+
+def test_trial_with_robust_accuracy_at_chance_is_saved_with_a_warning(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = command(tmp_path, "--set", "attack_steps=10", "--set", "select=robust", model="resnet-st", epochs=2)[3:]
+    assert main(words) == 0
+    warning = read_weights(tmp_path / "resnet-st.safetensors")[1]["validation"]["warning"]
+    assert warning.startswith("robust validation accuracy ")
+    assert warning.endswith("and a constant answer gets 10.1%: train longer")
+    assert f"warning: {warning}" in capsys.readouterr().err.splitlines()
 
 
 def test_collapse_of_a_real_recipe(tmp_path: Path) -> None:
@@ -348,7 +450,7 @@ def test_collapse_of_a_real_recipe(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "nothing was saved" in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
-    assert os.listdir(tmp_path) == []
+    assert os.listdir(tmp_path) in ([], ["resnet-st.log.jsonl"])
 
 
 # --- what cannot be asked for
@@ -374,6 +476,14 @@ def test_collapse_of_a_real_recipe(tmp_path: Path) -> None:
         ({"recipe": {"init_from": "rt-er"}}, "init_from of a recipe must map parts to model names, got 'rt-er'"),
         ({"seed": -1}, "the seed must be between 0 and 4294967295, got -1"),
         ({"model": "dual-moe", "recipe": {"epochs": 3}}, "dual-moe is composed of trained models"),
+        ({"recipe": {"epochs": 0}}, "resnet-at is not composed of trained models: it needs at least 1 epoch, got 0"),
+        ({"objective": "at", "recipe": {"epochs": 0}}, "resnet-at is not composed of trained models"),
+        ({"objective": "trades", "recipe": {"epochs": 0}}, "recipe 'trades' needs at least 1 epoch, got 0"),
+        ({"recipe": {"ema": 1.0}}, "ema of a recipe must be less than 1, got 1.0"),
+        ({"recipe": {"replays": 0}}, "replays of a recipe must be a whole number >= 1, got 0"),
+        ({"recipe": {"precision": "half"}}, "precision of a recipe must be float32, float16 or bfloat16, got 'half'"),
+        ({"recipe": {"fast_from": "x"}}, "fast_from of a recipe must be start or clean, got 'x'"),
+        ({"model": "test-late", "recipe": {"epochs": 1}}, "would get none of 1; use more epochs"),
     ],
 )
 def test_bad_request_is_refused_before_anything_is_written(
@@ -487,3 +597,299 @@ def test_standard_objective_lowers_its_loss(trainer: Callable[..., Trainer]) -> 
     assert run_.entry.objective == STANDARD
     _, log = run_.run(None)
     assert log[1].loss < log[0].loss
+
+
+# --- optimisers, schedules and phases, by hand
+
+
+def rates(steps: int, **changes: Any) -> list[float]:
+    """The learning rate of each step."""
+    recipe = Recipe(**{"epochs": 1, "lr_low": 0.1, "lr_high": 0.5, "optimizer": "sgd", **changes})
+    optimizer = make_optimizer([nn.Parameter(torch.zeros(1))], recipe)
+    schedule = make_schedule(optimizer, recipe, steps)
+    found = []
+    for _ in range(steps):
+        found.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    return found
+
+
+def test_triangular_rate() -> None:
+    wave = [abs((step / 10) % 2 - 1) for step in range(40)]
+    assert rates(40, schedule="triangular", cycles=2) == pytest.approx([0.5 - 0.4 * one for one in wave])
+
+
+def test_cosine_rate() -> None:
+    curve = [0.1 + 0.4 * (1 + math.cos(math.pi * step / 20)) / 2 for step in range(20)]
+    assert rates(20, schedule="cosine") == pytest.approx(curve)
+
+
+def test_poly_rate() -> None:
+    assert rates(20, schedule="poly") == pytest.approx([0.1 + 0.4 * (1 - step / 20) ** 0.9 for step in range(20)])
+
+
+def test_constant_rate() -> None:
+    assert rates(20, schedule="constant") == [0.5] * 20
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "poly", "constant"])
+def test_warm_up_rises_to_the_highest_rate_and_the_rest_follows(schedule: str) -> None:
+    found = rates(25, schedule=schedule, warmup=0.2)
+    assert found[:5] == pytest.approx([0.5 * (step + 1) / 6 for step in range(5)])
+    assert found[5:] == pytest.approx(rates(20, schedule=schedule))
+
+
+def test_optimisers_of_the_recipes() -> None:
+    weights = [nn.Parameter(torch.zeros(1))]
+    adam = make_optimizer(weights, Recipe(epochs=1, weight_decay=0.3))
+    assert isinstance(adam, torch.optim.Adam) and adam.defaults["weight_decay"] == 0.3
+    given: dict[str, Any] = {"momentum": 0.8, "nesterov": True, "weight_decay": 0.2}
+    sgd = make_optimizer(weights, Recipe(epochs=1, optimizer="sgd", **given))
+    assert isinstance(sgd, torch.optim.SGD)
+    assert {key: sgd.defaults[key] for key in given} == given
+
+
+class Calls:
+    """A loss that moves every weight by a known amount and remembers when it was asked."""
+
+    def __init__(self, slope: float = 1.0) -> None:
+        self.slope = slope
+        self.modes: list[bool] = []
+
+    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, adversary: Adversary, recipe: Recipe) -> Tensor:
+        self.modes.append(model.training)
+        return self.slope * torch.stack([parameter.sum() for parameter in model.parameters()]).sum()
+
+
+Build = Callable[..., Trainer]
+
+
+@pytest.fixture
+def build(tmp_path: Path) -> Build:
+    """A trainer of a linear model by given phases; SGD of rate 1, so that a step subtracts the gradient."""
+    sets = load_dataset("digits", split="train"), load_dataset("digits", split="val")
+    plain = {"batch_size": 250, "optimizer": "sgd", "momentum": 0.0, "lr_high": 1.0, "schedule": "constant"}
+
+    def make(*phases: Phase, model: nn.Module | None = None, **changes: Any) -> Trainer:
+        recipe = Recipe(**{"epochs": 1, "attack_steps": 1, **plain, **changes})
+        entry = replace(MODELS.get("resnet-st"), objective=phases)
+        start = model if model is not None else Flat(64, 10)
+        return Trainer(start, entry, recipe, *sets, TrainSpec("resnet-st", "digits", tmp_path), {})
+
+    return make
+
+
+def test_phases_are_active_in_their_span_with_a_schedule_of_their_own(build: Build) -> None:
+    first, second, both = Calls(), Calls(), Calls()
+    phases = Phase(first, span=(0, 0.6)), Phase(second, span=(0.6, 1)), Phase(both)
+    trainer = build(*phases, epochs=5, schedule="poly", lr_low=0.0)
+    lengths = {"first": 12, "second": 8, "both": 20}
+    counts = []
+    for _ in range(5):
+        before = [len(calls.modes) for calls in (first, second, both)]
+        trainer._train_epoch()
+        trainer.epoch += 1
+        counts.append([len(calls.modes) - old for calls, old in zip((first, second, both), before, strict=True)])
+    assert counts == [[4, 0, 4]] * 3 + [[0, 4, 4]] * 2
+    steps = [scheduler.last_epoch for scheduler in trainer.schedulers]
+    assert steps == list(lengths.values())
+    # Each has come to the end of its own fall.
+    assert [optimizer.param_groups[0]["lr"] for optimizer in trainer.optimizers] == [0.0, 0.0, 0.0]
+
+
+def test_the_kept_epoch_comes_from_the_last_phase(build: Build) -> None:
+    trainer = build(Phase(Calls(), span=(0, 0.5)), Phase(Calls(), span=(0.5, 1)), epochs=4)
+    log = [
+        EpochLog(1, 0.0, 0.9, 0.9),
+        EpochLog(2, 0.0, 0.8, 0.8),
+        EpochLog(3, 0.0, 0.3, 0.4),
+        EpochLog(4, 0.0, 0.3, 0.3),
+    ]
+    assert trainer.validation(trainer.best, log)["epoch"] == 3
+
+
+@pytest.mark.parametrize(("clip", "norm"), [(0.0, 5 * math.sqrt(650)), (2.0, 2.0)])
+def test_gradients_are_clipped(build: Build, clip: float, norm: float) -> None:
+    trainer = build(Phase(Calls(5.0)), clip=clip)
+    before = torch.cat([parameter.detach().flatten().clone() for parameter in trainer.model.parameters()])
+    trainer._step(trainer.x[:10], trainer.y[:10], [True])
+    after = torch.cat([parameter.detach().flatten() for parameter in trainer.model.parameters()])
+    assert (before - after).norm().item() == pytest.approx(norm, rel=1e-5)
+
+
+def test_average_of_the_weights_is_what_is_validated_and_kept(build: Build) -> None:
+    model = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(64), nn.Linear(64, 10))
+    trainer = build(Phase(STANDARD[0].loss), model=model, ema=0.9, epochs=2, lr_high=0.1)
+    expected: dict[str, Tensor] = {}
+    step = trainer._step
+
+    def watched(*batch: Any) -> list[float]:
+        losses = step(*batch)
+        for key, value in model.state_dict().items():
+            earlier = expected.get(key)
+            fresh = value.clone() if earlier is None or not value.is_floating_point() else 0.9 * earlier + 0.1 * value
+            expected[key] = fresh
+        return losses
+
+    trainer._step = watched  # type: ignore[method-assign]
+    best, log = trainer.run(None)
+    shown = trainer.shown.state_dict()
+    assert set(shown) == set(model.state_dict())
+    for key, value in shown.items():
+        if value.is_floating_point():
+            torch.testing.assert_close(value, expected[key])
+            assert not torch.equal(value, model.state_dict()[key])
+    trainer.shown.eval()
+    right = (trainer.shown(trainer.x_val).argmax(1) == trainer.y_val).double().mean().item()
+    assert right == log[-1].val_clean
+    if trainer.validation(best, log)["epoch"] == 2:
+        assert all(torch.equal(best[key], value) for key, value in shown.items())
+
+
+def test_replays_take_the_batch_again(build: Build) -> None:
+    calls = Calls()
+    trainer = build(Phase(calls), replays=3, schedule="poly", lr_low=0.0)
+    seen: list[Tensor] = []
+    augment = trainer._augment
+    trainer._augment = lambda x: seen.append(x) or augment(x)  # type: ignore[func-returns-value, method-assign]
+    trainer._train_epoch()
+    assert (len(seen), len(calls.modes)) == (4, 12)
+    assert trainer.optimizers[0].param_groups[0]["lr"] == 0.0, "the schedule counts replays"
+
+
+def test_validation_every_third_epoch_and_after_the_last(tmp_path: Path) -> None:
+    told: list[EpochLog] = []
+    wanted = spec(tmp_path, epochs=5, recipe={"validate_every": 3, "batch_size": 500})
+    _, card = train(wanted, lambda line, epochs: told.append(line))
+    assert [line.val_clean is not None for line in told] == [False, False, True, False, True]
+    assert [line.val_robust is not None for line in told] == [False, False, True, False, True]
+    assert card["validation"]["epoch"] in (3, 5)
+    log = [json.loads(line) for line in (tmp_path / "resnet-at.log.jsonl").read_text().splitlines()]
+    assert [line["val_clean"] for line in log] == [line.val_clean for line in told]
+
+
+def test_large_validation_splits_go_in_parts(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = build(Phase(Calls()))
+    whole = trainer.validate()
+    sizes: list[int] = []
+    trainer.model.register_forward_hook(lambda module, x, out: sizes.append(len(x[0])))
+    monkeypatch.setattr("moebench.train.VALIDATION_BATCH", 100)
+    clean, robust = trainer.validate()
+    assert max(sizes) == 100 and 97 in sizes
+    assert clean == whole[0] and robust == pytest.approx(whole[1], abs=0.05)
+
+
+# --- mixed precision
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_low_precision_trains_with_attacks_in_float32(tmp_path: Path, build: Build, precision: str) -> None:
+    inside: list[torch.dtype] = []
+    outside: list[torch.dtype] = []
+
+    def loss(model: nn.Module, x: Tensor, y: Tensor, adversary: Adversary, recipe: Recipe) -> Tensor:
+        def per_sample(logits: Tensor) -> Tensor:
+            inside.append(logits.dtype)
+            return F.cross_entropy(logits, y, reduction="none")
+
+        logits = model(adversary(model, x, per_sample))
+        outside.append(logits.dtype)
+        return F.cross_entropy(logits.float(), y)
+
+    trainer = build(Phase(loss), precision=precision, epochs=3, lr_high=0.1)
+    best, log = trainer.run(None)
+    assert set(inside) == {torch.float32} and set(outside) == {getattr(torch, precision)}
+    assert all(value.dtype == torch.float32 and torch.isfinite(value).all() for value in best.values())
+    assert log[-1].loss < log[0].loss
+    assert trainer.scaler.is_enabled() == (precision == "float16")
+    assert not trainer.scaler.is_enabled() or trainer.scaler.get_scale() > 1
+
+
+def test_a_weight_cast_without_gradients_still_learns(build: Build) -> None:
+    def loss(model: nn.Module, x: Tensor, y: Tensor, adversary: Adversary, recipe: Recipe) -> Tensor:
+        with torch.no_grad():
+            model(x)
+        return F.cross_entropy(model(x).float(), y)
+
+    trainer = build(Phase(loss), precision="bfloat16")
+    before = copy.deepcopy(trainer.model.state_dict())
+    trainer._step(trainer.x[:50], trainer.y[:50], [True])
+    assert not any(torch.equal(before[key], value) for key, value in trainer.model.state_dict().items())
+
+
+# --- resuming with more state, and on other data
+
+
+@pytest.mark.parametrize(
+    ("model", "objective", "recipe"),
+    [
+        ("resnet-at", None, {"optimizer": "sgd", "schedule": "cosine", "ema": 0.9, "lr_high": 0.1, "nesterov": True}),
+        ("resnet-at", "free-at", {"replays": 2, "batch_size": 250}),
+        ("test-fragile", None, {**SURE, "precision": "float16", "validate_every": 2, "select": "clean"}),
+    ],
+    ids=["sgd-ema", "free-at", "float16"],
+)
+def test_all_state_survives_an_interruption(
+    tmp_path: Path, model: str, objective: str | None, recipe: dict[str, Any]
+) -> None:
+    whole, _ = train(spec(tmp_path / "a", model, epochs=3, objective=objective, recipe=recipe))
+    wanted = spec(tmp_path / "b", model, epochs=3, objective=objective, recipe=recipe)
+    for epoch in (1, 2):
+        with pytest.raises(KeyboardInterrupt):
+            train(wanted, Interrupt(epoch))
+    path, card = train(wanted)
+    assert path.read_bytes() == whole.read_bytes()
+    assert card["log"] == read_weights(whole)[1]["log"]
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_checkpoint_on_other_data_is_refused(interrupted: Path, monkeypatch: pytest.MonkeyPatch, split: str) -> None:
+    def changed(name: str, **options: Any) -> Any:
+        data = load_dataset(name, **options)
+        return replace(data, sha256="0" * 64) if options["split"] == split else data
+
+    monkeypatch.setattr("moebench.train.load_dataset", changed)
+    assert "or on other data; delete it or use --fresh" in refused(spec(interrupted.parent))
+
+
+# --- one mathematics, and the same bits as ever
+
+
+@pytest.mark.parametrize("norm", ["Linf", "L2"])
+def test_adversary_takes_the_iterates_of_the_attack(norm: Any) -> None:
+    model, threat, steps = resnet().eval(), ThreatModel(norm, 0.3), 4
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    samples = digits(12)
+    samples = Samples(samples.x, samples.y, torch.arange(12))
+    rows = make_rows(samples, stream="train")
+    oracle, attack = PlainOracle(model, threat), PGD(steps=steps)
+    state = attack.start(rows, oracle)
+    for count in range(steps + 1):
+        adversary = TrainingAdversary(model, threat, Recipe(epochs=1, attack_steps=count), seed=0)
+        x_adv = adversary(model, samples.x, lambda logits: F.cross_entropy(logits, samples.y, reduction="none"))
+        assert torch.equal(x_adv, state.x), f"after {count} steps"
+        if count < steps:
+            attack.step(state, rows, oracle)
+    assert not torch.equal(state.x, attack.start(rows, oracle).x)
+
+
+SINCE_THE_FIRST_WEIGHTS = {
+    ("rt-er", "triangular"): "3af7645c1759d96885cd37ec6ede323afb83a4de5bc629e610409516c6ad1525",
+    ("resnet-trades", "cosine"): "3eef8914d87d3f8778dcd4cfe47bef7aba2953a3cc6256ee6665c271eb38697f",
+}
+"""Hashes of two-epoch weights, made by the loop that trained the shipped models, before it learnt anything more."""
+
+
+@pytest.mark.skipif(
+    torch.__version__.split("+")[0] != "2.15.0" or torch.backends.cpu.get_cpu_capability() != "AVX512",
+    reason="other versions and processors round otherwise",
+)
+@pytest.mark.parametrize(("model", "schedule"), SINCE_THE_FIRST_WEIGHTS)
+def test_defaults_train_the_same_bits_as_ever(tmp_path: Path, model: str, schedule: str) -> None:
+    recipe: dict[str, Any] = {"epochs": 2, "attack_steps": 2}
+    if schedule == "cosine":
+        recipe |= {"optimizer": "sgd", "schedule": "cosine", "lr_high": 0.05, "clip": 1.0, "warmup": 0.2}
+    path, _ = train(TrainSpec(model, "digits", tmp_path, recipe=recipe))
+    assert hashlib.sha256(path.read_bytes()).hexdigest() == SINCE_THE_FIRST_WEIGHTS[model, schedule]

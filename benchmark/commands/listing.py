@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from moebench.commands._options import debug_option
-from moebench.registry import LIBRARY, Declaration, attack_registry, model_registry
+from moebench.registry import LIBRARY, Declaration, attack_registry, model_registry, objective_registry
 from moebench.schema import PROTOCOL_VERSION, SUITE_VERSION
 
 SUITES = {"v1": ("fgsm", "pgd-50", "smooth-pgd-50", "autoattack")}
@@ -19,10 +19,10 @@ LIBRARY_ROW = Declaration(
 
 
 @click.command("list")
-@click.argument("what", type=click.Choice(["models", "attacks", "datasets", "suites"]))
+@click.argument("what", type=click.Choice(["models", "attacks", "datasets", "suites", "recipes"]))
 @debug_option
 def list_command(what: str) -> None:
-    """List models, attacks, data sets or suites."""
+    """List models, attacks, data sets, suites or training recipes."""
     if what == "suites":
         for version, attacks in SUITES.items():
             current = " (current)" if version == SUITE_VERSION else ""
@@ -36,6 +36,8 @@ def list_command(what: str) -> None:
         click.echo(f"{_shown(declaration):{width}}  {kind}{facts.get('summary', '')}".rstrip())
     if what == "attacks":
         click.echo(f"suite {SUITE_VERSION}, protocol {PROTOCOL_VERSION}")
+    if what == "recipes":
+        click.echo("These fit any model; `moebench show MODEL` names those of its own kind as well.")
 
 
 def _declarations(what: str) -> list[Declaration]:
@@ -43,6 +45,8 @@ def _declarations(what: str) -> list[Declaration]:
         return model_registry().declarations()
     if what == "attacks":
         return [*attack_registry().declarations(), *attack_registry().families(), LIBRARY_ROW]
+    if what == "recipes":
+        return objective_registry().declarations()
     from moebench.datasets import DATASETS
 
     return DATASETS.declarations()
