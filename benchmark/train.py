@@ -178,10 +178,10 @@ class Trainer:
         self.adversary = TrainingAdversary(model, self.threat, recipe, spec.seed)
         self.steps_per_epoch = max(len(self.x) // recipe.batch_size, 1)
         self.spans = [_epochs_of(phase, recipe.epochs) for phase in entry.objective]
-        self.optimizers = [make_optimizer(phase.parameters(model), recipe) for phase in entry.objective]
+        self.optimizers = [make_optimizer(phase.parameters(model), phase.paced(recipe)) for phase in entry.objective]
         self.schedulers = [
-            make_schedule(optimizer, recipe, (last - first) * self.steps_per_epoch)
-            for optimizer, (first, last) in zip(self.optimizers, self.spans, strict=True)
+            make_schedule(optimizer, phase.paced(recipe), (last - first) * self.steps_per_epoch)
+            for phase, optimizer, (first, last) in zip(entry.objective, self.optimizers, self.spans, strict=True)
         ]
         self.checkpoint_path = spec.out / f".{spec.model}.training.pt"
         self.epoch = 0
@@ -386,7 +386,12 @@ def make_schedule(optimizer: torch.optim.Optimizer, recipe: Recipe, steps: int) 
         if step < warm:
             return (step + 1) / (warm + 1)
         left = 1 - min((step - warm) / max(steps - warm, 1), 1.0)
-        fall = {"cosine": (1 - math.cos(math.pi * left)) / 2, "poly": left**0.9, "constant": 1.0}[recipe.schedule]
+        fall = {
+            "cosine": (1 - math.cos(math.pi * left)) / 2,
+            "poly": left**0.9,
+            "step": 0.1 ** ((left <= 0.5) + (left <= 0.25)),
+            "constant": 1.0,
+        }[recipe.schedule]
         return lowest + (1 - lowest) * fall if recipe.schedule != "constant" else 1.0
 
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)

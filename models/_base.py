@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from moebench.errors import UsageError
 from moebench.registry import Registry, decorator_for, model_registry
-from moebench.schema import ModelRecord, PaperCard
+from moebench.schema import ModelRecord, PaperCard, ThreatModel
 
 Shape = tuple[int, int, int]
 Forward = Callable[[Tensor], Tensor]
@@ -21,6 +21,11 @@ Forward = Callable[[Tensor], Tensor]
 
 class Adversary(Protocol):
     """The inner maximisation of adversarial training, given to an objective by the training loop."""
+
+    @property
+    def threat(self) -> ThreatModel:
+        """What its images stay inside of, where a call asks for no other radius."""
+        ...
 
     def __call__(
         self,
@@ -53,8 +58,9 @@ class Recipe:
 
     A paper with settings of its own subclasses it. Schedules run over the span of a phase: "triangular" swings between
     `lr_low` and `lr_high`, a triangle per `1 / cycles` of it, as in RT-ER's code; the others start at `lr_high`, rise
-    to it over `warmup` of the span, and fall to `lr_low` by a cosine, by the power 0.9 ("poly"), or not at all. The
-    digits' rates are ten to twenty times RT-ER's, because a digits run has a third of its optimiser steps.
+    to it over `warmup` of the span, and fall to `lr_low` by a cosine, by the power 0.9 ("poly"), to a tenth of the way
+    at half and again at three quarters ("step"), or not at all. The digits' rates are ten to twenty times RT-ER's,
+    because a digits run has a third of its optimiser steps.
 
     Attributes:
         epochs: passes over the training data; 0 for a model that is composed of trained ones.
@@ -84,7 +90,7 @@ class Recipe:
     momentum: float = 0.9
     nesterov: bool = False
     weight_decay: float = 0.0
-    schedule: Literal["triangular", "cosine", "poly", "constant"] = "triangular"
+    schedule: Literal["triangular", "cosine", "poly", "step", "constant"] = "triangular"
     warmup: float = 0.0
     clip: float = 0.0
     flip: bool = False
@@ -113,7 +119,7 @@ class Recipe:
 CHOICES: Mapping[str, tuple[str, ...]] = {
     "select": ("clean", "robust", "mean"),
     "optimizer": ("adam", "sgd"),
-    "schedule": ("triangular", "cosine", "poly", "constant"),
+    "schedule": ("triangular", "cosine", "poly", "step", "constant"),
 }
 
 
@@ -121,7 +127,7 @@ def _either(words: tuple[str, ...]) -> str:
     return f"{', '.join(words[:-1])} or {words[-1]}"
 
 
-PhaseLoss = Callable[[Any, Tensor, Tensor, Adversary, Recipe], Tensor]
+PhaseLoss = Callable[[Any, Tensor, Tensor, Adversary, Any], Tensor]
 
 
 @dataclass(frozen=True)
@@ -131,17 +137,27 @@ class Phase:
     Attributes:
         loss: maps (model, images, labels, adversary, recipe) to the scalar to lower.
         part: the part of the model that it trains, "" for all of it.
+        without: a part of that part that it leaves alone, "" for none.
         span: when it is active, as shares of the epochs: (0, 0.6) is pre-training, (0.6, 1) what follows it. The
             epoch that is kept comes from those in which the last phase is active.
+        rate: share of the recipe's learning rates that it trains with, given the recipe.
     """
 
     loss: PhaseLoss
     part: str = ""
     span: tuple[float, float] = (0.0, 1.0)
+    without: str = ""
+    rate: Callable[[Any], float] | None = None
 
     def parameters(self, model: nn.Module) -> list[nn.Parameter]:
         module = model.get_submodule(self.part) if self.part else model
-        return [parameter for parameter in module.parameters() if parameter.requires_grad]
+        left = {id(one) for one in model.get_submodule(self.without).parameters()} if self.without else set()
+        return [one for one in module.parameters() if one.requires_grad and id(one) not in left]
+
+    def paced(self, recipe: Recipe) -> Recipe:
+        """The recipe with the phase's own learning rates."""
+        share = 1.0 if self.rate is None else self.rate(recipe)
+        return recipe if share == 1 else replace(recipe, lr_low=share * recipe.lr_low, lr_high=share * recipe.lr_high)
 
 
 @dataclass(frozen=True)

@@ -82,7 +82,20 @@ class MoELayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Mixes the experts' outputs for an input (B, ...)."""
-        return combine(self.experts, x, self.route(x))
+        return self.run(x, self.route(x))
+
+    def run(self, x: Tensor, routing: Routing) -> Tensor:
+        """The experts' outputs on x (B, ...), mixed by a given routing; experts that share parts override it."""
+        return combine(self.experts, x, routing)
+
+    @property
+    def active(self) -> int:
+        """Experts that an input runs."""
+        return self.top_k
+
+    def alone(self, expert: int) -> nn.Module:
+        """The network that stands in the layer's place where one expert answers every input."""
+        return self.experts[expert]
 
     def route(self, x: Tensor) -> Routing:
         """The routing in force: the layer's own, or that of the policy installed from outside."""
@@ -90,7 +103,10 @@ class MoELayer(nn.Module):
 
     def own_routing(self, x: Tensor) -> Routing:
         """Top-k of the router's softmax. In train mode, top-1 lets the gradient of the winner's weight through."""
-        probs = self.probabilities(x)
+        return self.choose(self.probabilities(x), through=self.training and self.router_mode == "trained")
+
+    def choose(self, probs: Tensor, *, through: bool) -> Routing:
+        """The routing that a softmax (B, E) gives; `through` lets the gradient of the winner's weight through top-1."""
         if self.top_k == len(self.experts):
             return Routing(probs, torch.ones_like(probs, dtype=torch.bool))
         selected = torch.zeros_like(probs, dtype=torch.bool).scatter_(1, probs.topk(self.top_k, dim=1).indices, True)
@@ -98,7 +114,7 @@ class MoELayer(nn.Module):
         if self.top_k > 1:
             return Routing(kept / kept.sum(dim=1, keepdim=True), selected)
         weights = selected.to(probs.dtype)
-        if self.training and self.router_mode == "trained":
+        if through:
             weights = weights + kept - kept.detach()
         return Routing(weights, selected)
 
@@ -125,7 +141,7 @@ class MoELayer(nn.Module):
         return logits.softmax(dim=1)
 
 
-def combine(experts: nn.ModuleList, x: Tensor, routing: Routing) -> Tensor:
+def combine(experts: nn.ModuleList | list[nn.Module], x: Tensor, routing: Routing) -> Tensor:
     """Runs each expert on the samples that selected it and adds up the weighted outputs.
 
     Args:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from moebench.models._base import Forward
 from moebench.models._moe import MoELayer, RouterMode
+from moebench.schema import ThreatModel
 
 
 def fill(module: nn.Module, seed: int) -> nn.Module:
@@ -101,3 +103,16 @@ class Shift:
         self.forwards.append(forward)
         self.losses.append(loss)
         return (x + self.deltas[(len(self.forwards) - 1) % len(self.deltas)]).clamp(0, 1)
+
+
+class Noted(Shift):
+    """A `Shift` inside a threat model that also keeps how each attack was asked for."""
+
+    def __init__(self, *deltas: float, eps: float = 0.2) -> None:
+        super().__init__(*deltas)
+        self.threat = ThreatModel("Linf", eps)
+        self.asked: list[dict[str, Any]] = []
+
+    def __call__(self, forward: Forward, x: Tensor, loss: Callable[[Tensor], Tensor], **asked: Any) -> Tensor:
+        self.asked.append(asked)
+        return super().__call__(forward, x, loss)
