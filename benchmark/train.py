@@ -71,6 +71,11 @@ class TrainingAdversary:
         self.seed = seed
         self.calls = 0
 
+    @property
+    def eps(self) -> float:
+        """Radius of the threat model."""
+        return self.threat.eps
+
     def __call__(
         self,
         forward: Forward,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from moebench.errors import UsageError
 from moebench.registry import Registry, decorator_for, model_registry
-from moebench.schema import ModelRecord, PaperCard, ThreatModel
+from moebench.schema import ModelRecord, PaperCard
 
 Shape = tuple[int, int, int]
 Forward = Callable[[Tensor], Tensor]
@@ -23,8 +23,8 @@ class Adversary(Protocol):
     """The inner maximisation of adversarial training, given to an objective by the training loop."""
 
     @property
-    def threat(self) -> ThreatModel:
-        """What its images stay inside of, where a call asks for no other radius."""
+    def eps(self) -> float:
+        """The radius in force where a call names no other."""
         ...
 
     def __call__(

@@ -15,10 +15,8 @@ from moebench.models._moe import MoELayer, RoutedModel, Tape
 class ImageMoE(RoutedModel):
     """F(x) = moe(normalised x); attacks on the router need not run the experts."""
 
-    def __init__(self, moe: MoELayer) -> None:
-        super().__init__()
-        self.normalize = Normalize()
-        self.moe = moe
+    normalize: Normalize
+    moe: MoELayer
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (B, K) of [0, 1] images (B, C, H, W)."""

@@ -103,10 +103,7 @@ class MoELayer(nn.Module):
 
     def own_routing(self, x: Tensor) -> Routing:
         """Top-k of the router's softmax. In train mode, top-1 lets the gradient of the winner's weight through."""
-        return self.choose(self.probabilities(x), through=self.training and self.router_mode == "trained")
-
-    def choose(self, probs: Tensor, *, through: bool) -> Routing:
-        """The routing that a softmax (B, E) gives; `through` lets the gradient of the winner's weight through top-1."""
+        probs = self.probabilities(x)
         if self.top_k == len(self.experts):
             return Routing(probs, torch.ones_like(probs, dtype=torch.bool))
         selected = torch.zeros_like(probs, dtype=torch.bool).scatter_(1, probs.topk(self.top_k, dim=1).indices, True)
@@ -114,7 +111,7 @@ class MoELayer(nn.Module):
         if self.top_k > 1:
             return Routing(kept / kept.sum(dim=1, keepdim=True), selected)
         weights = selected.to(probs.dtype)
-        if through:
+        if self.training and self.router_mode == "trained":
             weights = weights + kept - kept.detach()
         return Routing(weights, selected)
 
@@ -141,7 +138,7 @@ class MoELayer(nn.Module):
         return logits.softmax(dim=1)
 
 
-def combine(experts: nn.ModuleList | list[nn.Module], x: Tensor, routing: Routing) -> Tensor:
+def combine(experts: nn.ModuleList, x: Tensor, routing: Routing) -> Tensor:
     """Runs each expert on the samples that selected it and adds up the weighted outputs.
 
     Args:

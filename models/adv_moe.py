@@ -43,9 +43,9 @@ from typing_extensions import override
 
 from moebench.errors import UsageError
 from moebench.models._balancing import balanced
-from moebench.models._base import Adversary, Phase, Recipe, Shape, evaluating, register_model
+from moebench.models._base import Adversary, Normalize, Phase, Recipe, Shape, evaluating, register_model
 from moebench.models._image_moe import ImageMoE
-from moebench.models._moe import MoELayer, RouterMode, Routing, combine, replay, route, routed_by
+from moebench.models._moe import MoELayer, Routing, combine, replay, route, routed_by
 from moebench.models._objectives import kl_divergence
 from moebench.models._resnet import ResNet, make_shortcut, resnet20
 from moebench.models.rt_er import ClassifierMoE
@@ -70,6 +70,10 @@ ZHANG_2023 = PaperCard(
 )
 
 RouterTarget = Literal["none", "label-mod"]
+
+RESNET_18 = ((64, 64, 128, 128, 256, 256, 512, 512), (1, 1, 2, 1, 2, 1, 2, 1), 64)
+SMALL = ((32, 32, 64), (1, 2, 2), 16)
+"""Channels of the blocks of the dense network, their strides, and channels of the stem, which is dense."""
 
 NOISE = 0.001
 """Standard deviation of the noise at which the attack starts: at x itself the divergence has no gradient."""
@@ -165,7 +169,6 @@ class PathwayLayer(MoELayer):
         num_classes: K.
         experts: E.
         router: from normalised images to logits (B, E).
-        router_mode: see `MoELayer`.
     """
 
     def __init__(
@@ -178,7 +181,6 @@ class PathwayLayer(MoELayer):
         num_classes: int,
         experts: int,
         router: nn.Module,
-        router_mode: RouterMode,
     ) -> None:
         shapes = [
             (*planes, stride)
@@ -189,13 +191,14 @@ class PathwayLayer(MoELayer):
             nn.ModuleList([nn.Conv2d(i, o, 3, stride=stride, padding=1, bias=False) for i, o, stride in shapes])
             for _ in range(experts)
         ]
-        super().__init__(filters, router, top_k=1, router_mode=router_mode)
+        super().__init__(filters, router, top_k=1)
         self.shared = SharedPart(widths, strides, stem=stem, in_channels=in_channels, num_classes=num_classes)
 
     @override
     def run(self, x: Tensor, routing: Routing) -> Tensor:
         def convolve(number: int, features: Tensor) -> Tensor:
-            return combine([self._filters(expert)[number] for expert in range(len(self.experts))], features, routing)
+            convolutions = [self._filters(expert)[number] for expert in range(len(self.experts))]
+            return combine(nn.ModuleList(convolutions), features, routing)
 
         logits: Tensor = self.shared(x, convolve)
         return logits
@@ -210,6 +213,15 @@ class PathwayLayer(MoELayer):
         return filters
 
 
+class AdvMoECNN(ImageMoE):
+    """The network of the paper behind a normalisation."""
+
+    def __init__(self, moe: PathwayLayer) -> None:
+        super().__init__()
+        self.normalize = Normalize()
+        self.moe = moe
+
+
 def logits_and_gate(model: ImageMoE, x: Tensor) -> tuple[Tensor, Tensor]:
     """Logits (B, K) and router logits (B, E) of images, the router run once.
 
@@ -220,7 +232,10 @@ def logits_and_gate(model: ImageMoE, x: Tensor) -> tuple[Tensor, Tensor]:
     def policy(layer: MoELayer, features: Tensor) -> Routing:
         gate: Tensor = layer.router(features)
         found.append(gate)
-        return layer.choose(gate.softmax(dim=1), through=True)
+        probs = gate.softmax(dim=1)
+        selected = F.one_hot(probs.argmax(dim=1), probs.shape[1]).bool()
+        winner = probs * selected
+        return Routing(selected + winner - winner.detach(), selected)
 
     with routed_by(model, {"moe": policy}):
         logits = model(x)
@@ -241,7 +256,7 @@ def divergence_adversary(model: ImageMoE, x: Tensor, adversary: Adversary, recip
         logits, gate = both[:, : clean.shape[1]], both[:, clean.shape[1] :]
         return kl_divergence(clean, logits) + kl_divergence(clean_gate, gate)
 
-    step_size = recipe.inner_fraction * adversary.threat.eps
+    step_size = recipe.inner_fraction * adversary.eps
     return adversary(forward, x, loss, steps=recipe.inner_steps, step_size=step_size, random_start=False)
 
 
@@ -288,11 +303,9 @@ ALTERNATING = (
     recipe=AdvMoERecipe(epochs=150, balance=0.1),
     objective=ALTERNATING,
 )
-def adv_moe(
-    num_classes: int, shape: Shape, *, experts: int = 4, top_k: int = 1, router: RouterMode = "trained"
-) -> nn.Module:
-    """An MoE of whole classifiers, each of the architecture of the dense baseline."""
-    return ClassifierMoE(num_classes, shape, experts=experts, top_k=top_k, router=router)
+def adv_moe(num_classes: int, shape: Shape, *, experts: int = 4) -> nn.Module:
+    """A top-1 MoE of whole classifiers, each of the architecture of the dense baseline."""
+    return ClassifierMoE(num_classes, shape, experts=experts, top_k=1, router="trained")
 
 
 @register_model(
@@ -305,9 +318,7 @@ def adv_moe(
     recipe=AdvMoERecipe(epochs=150, balance=0.1),
     objective=ALTERNATING,
 )
-def adv_moe_cnn(
-    num_classes: int, shape: Shape, *, experts: int = 2, ratio: float = 0.5, router: RouterMode = "trained"
-) -> nn.Module:
+def adv_moe_cnn(num_classes: int, shape: Shape, *, experts: int = 2, ratio: float = 0.5) -> nn.Module:
     """A residual network whose experts have filters of their own: ResNet-8 up to 16 pixels, ResNet-18 above.
 
     An expert has `ratio` of the dense network's filters: ratio = 1/E keeps the parameters and divides the work. The
@@ -315,29 +326,20 @@ def adv_moe_cnn(
     """
     channels, height, _ = shape
     small = height <= 16
-    dense, strides = (
-        ((32, 32, 64), (1, 2, 2))
-        if small
-        else (
-            (64, 64, 128, 128, 256, 256, 512, 512),
-            (1, 1, 2, 1, 2, 1, 2, 1),
-        )
-    )
+    dense, strides, stem = SMALL if small else RESNET_18
     widths = [int(ratio * width) for width in dense]
     if min(widths) < 1:
         raise UsageError(f"ratio must leave at least one filter of {min(dense)}, got {ratio!r}")
-    gate = _small_router(experts, channels) if small else resnet20(experts, channels, shortcut="pad")
     layer = PathwayLayer(
         widths,
         strides,
-        stem=dense[0] if not small else widths[0],
+        stem=stem,
         in_channels=channels,
         num_classes=num_classes,
         experts=experts,
-        router=gate,
-        router_mode=router,
+        router=_small_router(experts, channels) if small else resnet20(experts, channels, shortcut="pad"),
     )
-    return ImageMoE(layer)
+    return AdvMoECNN(layer)
 
 
 def _small_router(experts: int, in_channels: int) -> ResNet:

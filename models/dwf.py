@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moebench.errors import UsageError
-from moebench.models._base import Adversary, Forward, Phase, Recipe, Shape, evaluating, register_model
+from moebench.models._base import Adversary, Forward, Normalize, Phase, Recipe, Shape, evaluating, register_model
 from moebench.models._image_moe import NetworkMoE
 from moebench.models._moe import MoELayer
 from moebench.models._resnet import classifier
@@ -94,8 +94,10 @@ class DWF(NetworkMoE):
             raise UsageError(
                 f"experts must be an odd number >= 5 (one for clean images, as many for FGSM as for PGD), got {experts}"
             )
+        super().__init__()
+        self.normalize = Normalize()
         networks: list[nn.Module] = [classifier(num_classes, shape) for _ in range(experts)]
-        super().__init__(MoELayer(networks, soft_gate(shape[0], experts), top_k=experts))
+        self.moe = MoELayer(networks, soft_gate(shape[0], experts), top_k=experts)
         half = (experts - 1) // 2
         self.kinds = ("clean", *["fgsm"] * half, *["pgd"] * half)
 
@@ -117,7 +119,7 @@ def soft_gate(in_channels: int, experts: int) -> nn.Module:
 
 def random_fgsm(forward: Forward, x: Tensor, y: Tensor, adversary: Adversary, recipe: DWFRecipe) -> Tensor:
     """FGSM, x + eps sign of the gradient of CE, with eps drawn once for the batch from torch's generator."""
-    eps = recipe.fgsm_unit * _draw(recipe.fgsm_levels) * adversary.threat.eps
+    eps = recipe.fgsm_unit * _draw(recipe.fgsm_levels) * adversary.eps
     return adversary(forward, x, _cross_entropy(y), steps=1, eps=eps, step_size=eps, random_start=False)
 
 

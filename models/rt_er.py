@@ -23,7 +23,7 @@ from typing_extensions import override
 
 from moebench.errors import UsageError
 from moebench.models._balancing import balanced
-from moebench.models._base import Adversary, Phase, Recipe, Shape, register_model
+from moebench.models._base import Adversary, Normalize, Phase, Recipe, Shape, register_model
 from moebench.models._image_moe import NetworkMoE
 from moebench.models._moe import MoELayer, RoutedModel, RouterMode, Routing, Tape, combine, join
 from moebench.models._objectives import (
@@ -62,14 +62,14 @@ class ClassifierMoE(NetworkMoE):
     """Whole classifiers as experts of one MoE layer, routed by a linear map of the normalised pixels (section 3)."""
 
     def __init__(self, num_classes: int, shape: Shape, *, experts: int, top_k: int, router: RouterMode) -> None:
+        super().__init__()
         channels, height, width = shape
-        super().__init__(
-            MoELayer(
-                [classifier(num_classes, shape) for _ in range(experts)],
-                nn.Sequential(nn.Flatten(), nn.Linear(channels * height * width, experts)),
-                top_k=top_k,
-                router_mode=router,
-            )
+        self.normalize = Normalize()
+        self.moe = MoELayer(
+            [classifier(num_classes, shape) for _ in range(experts)],
+            nn.Sequential(nn.Flatten(), nn.Linear(channels * height * width, experts)),
+            top_k=top_k,
+            router_mode=router,
         )
 
     def runner_up(self, x: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ from torch.nn import functional as F
 from typing_extensions import override
 
 from moebench.errors import UsageError
-from moebench.models._base import Adversary, Forward, Phase, Recipe, Shape, register_model
+from moebench.models._base import Adversary, Forward, Normalize, Phase, Recipe, Shape, register_model
 from moebench.models._image_moe import NetworkMoE
 from moebench.models._moe import MoELayer, Routing, combine
 from moebench.models._resnet import ResNet, resnet8, resnet20
@@ -116,11 +116,21 @@ def sub_model(num_classes: int, shape: Shape, confidence: Confidence) -> nn.Modu
 
 
 class RectifiedConfidence(nn.Module):
-    """R = A max_c p_c; it has no parameters of its own."""
+    """The logits T R_i of the routing, R = A max_c p_c; it has no parameters of its own.
+
+    Args:
+        temperature: T, > 0; it changes soft weights, not the selection.
+    """
+
+    def __init__(self, temperature: float) -> None:
+        super().__init__()
+        if not 0 < temperature < float("inf"):
+            raise UsageError(f"temperature must be a finite number > 0, got {temperature!r}")
+        self.temperature = temperature
 
     def forward(self, answers: Tensor) -> Tensor:
-        """Rectified confidences (B, M) of what the sub-models say, (B, M, K + 1)."""
-        return answers[..., -1].sigmoid() * answers[..., :-1].softmax(dim=2).amax(dim=2)
+        """(B, M), from what the sub-models say, (B, M, K + 1)."""
+        return self.temperature * answers[..., -1].sigmoid() * answers[..., :-1].softmax(dim=2).amax(dim=2)
 
 
 class ConfidenceLayer(MoELayer):
@@ -128,13 +138,11 @@ class ConfidenceLayer(MoELayer):
 
     Args:
         experts: from normalised images to (B, K + 1), the last column the confidence's logit.
-        temperature: T, >= 0; it changes soft weights, not the selection.
+        temperature: T, see `RectifiedConfidence`.
     """
 
     def __init__(self, experts: list[nn.Module], temperature: float) -> None:
-        super().__init__(experts, RectifiedConfidence(), top_k=1)
-        if not 0 < temperature < float("inf"):
-            raise UsageError(f"temperature must be a finite number > 0, got {temperature!r}")
+        super().__init__(experts, RectifiedConfidence(temperature), top_k=1)
         self.temperature = temperature
         # Answers of the forward pass that is under way, so that the experts run once for routing and output.
         self._kept: list[tuple[Tensor, Tensor]] | None = None
@@ -160,8 +168,7 @@ class ConfidenceLayer(MoELayer):
 
     @override
     def probabilities(self, x: Tensor) -> Tensor:
-        rectified: Tensor = self.router(self.answers(x))
-        return (self.temperature * rectified).softmax(dim=1)
+        return super().probabilities(self.answers(x))
 
     @override
     def run(self, x: Tensor, routing: Routing) -> Tensor:
@@ -182,7 +189,9 @@ class SoE(NetworkMoE):
     moe: ConfidenceLayer
 
     def __init__(self, experts: list[nn.Module], temperature: float) -> None:
-        super().__init__(ConfidenceLayer(experts, temperature))
+        super().__init__()
+        self.normalize = Normalize()
+        self.moe = ConfidenceLayer(experts, temperature)
 
     @override
     def forward(self, x: Tensor) -> Tensor:

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from moebench.models._base import Forward
 from moebench.models._moe import MoELayer, RouterMode
-from moebench.schema import ThreatModel
 
 
 def fill(module: nn.Module, seed: int) -> nn.Module:
@@ -106,11 +105,11 @@ class Shift:
 
 
 class Noted(Shift):
-    """A `Shift` inside a threat model that also keeps how each attack was asked for."""
+    """A `Shift` with a radius that also keeps how each attack was asked for."""
 
     def __init__(self, *deltas: float, eps: float = 0.2) -> None:
         super().__init__(*deltas)
-        self.threat = ThreatModel("Linf", eps)
+        self.eps = eps
         self.asked: list[dict[str, Any]] = []
 
     def __call__(self, forward: Forward, x: Tensor, loss: Callable[[Tensor], Tensor], **asked: Any) -> Tensor:

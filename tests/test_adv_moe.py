@@ -172,6 +172,7 @@ def test_attack_stays_in_the_ball_and_moves_away(name: str) -> None:
     assert float(x_adv.min()) >= 0 and float(x_adv.max()) <= 1
     model.eval()
 
+    @torch.no_grad()
     def divergence(z: Tensor) -> float:
         gate, moved = (model.moe.router(2 * one - 1) for one in (x, z))
         return float((kl_divergence(model(x), model(z)) + kl_divergence(gate, moved)).mean())

@@ -27,7 +27,16 @@ from moebench.models._resnet import resnet8
 from moebench.models._weights import read_weights
 from moebench.schema import ThreatModel
 from moebench.threat import within
-from moebench.train import EpochLog, Trainer, TrainingAdversary, TrainSpec, split_settings, train
+from moebench.train import (
+    EpochLog,
+    Trainer,
+    TrainingAdversary,
+    TrainSpec,
+    make_optimizer,
+    make_schedule,
+    split_settings,
+    train,
+)
 
 # Fewer steps than the recipes: the loop is the same and an epoch takes a fraction of a second.
 # One cycle, or the learning rate would be the same at the start of every epoch.
@@ -487,3 +496,21 @@ def test_standard_objective_lowers_its_loss(trainer: Callable[..., Trainer]) -> 
     assert run_.entry.objective == STANDARD
     _, log = run_.run(None)
     assert log[1].loss < log[0].loss
+
+
+def test_step_schedule_falls_to_a_tenth_at_half_and_again_at_three_quarters() -> None:
+    recipe = Recipe(epochs=1, optimizer="sgd", schedule="step", lr_low=0.0, lr_high=0.1)
+    optimizer = make_optimizer([nn.Parameter(torch.zeros(1))], recipe)
+    scheduler = make_schedule(optimizer, recipe, 100)
+    rates = []
+    for _ in range(100):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert rates == pytest.approx([0.1] * 50 + [0.01] * 25 + [0.001] * 25)
+
+
+def test_a_phase_leaves_out_what_it_should() -> None:
+    model = nn.ModuleDict({"a": nn.ModuleDict({"b": nn.Linear(2, 2), "c": nn.Linear(3, 3)}), "d": nn.Linear(4, 4)})
+    phase = Phase(learns_nothing, part="a", without="a.c")
+    assert [parameter.shape[0] for parameter in phase.parameters(model)] == [2, 2]

@@ -6,6 +6,7 @@ import os
 import resource
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +106,9 @@ def test_validation_accuracy_is_reproduced(path: Path) -> None:
     x, y = torch.from_numpy(data.images), torch.from_numpy(data.labels)
     model.eval().requires_grad_(False)
     assert (model(x).argmax(1) == y).double().mean().item() == card["validation"]["clean"]
-    recipe = type(MODELS.get(path.stem).recipe)(**card["recipe"])
+    registered = MODELS.get(card["model"]).recipe
+    assert registered is not None
+    recipe = replace(registered, **card["recipe"])
     adversary = TrainingAdversary(model, ThreatModel(**card["threat"]), recipe, card["seed"])
     x_adv = adversary(model, x, lambda logits: F.cross_entropy(logits, y, reduction="none"))
     robust = (model(x_adv).argmax(1) == y).double().mean().item()
