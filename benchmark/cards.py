@@ -68,7 +68,9 @@ def _recipe(entry: ModelEntry) -> Iterator[str]:
         return
     yield "  " + ", ".join(f"{key}={value}" for key, value in asdict(entry.recipe).items() if value not in ({}, None))
     for phase in entry.objective:
-        yield f"  trains {phase.part or 'the whole model'}"
+        left = f" without {phase.without}" if phase.without else ""
+        when = "" if phase.span == (0, 1) else f", from {phase.span[0]:.0%} to {phase.span[1]:.0%} of the epochs"
+        yield f"  trains {phase.part or 'the whole model'}{left}{when}"
     yield f"  moebench train --model {entry.name} --dataset digits"
     yield f"  --recipe takes {', '.join(recipes_of(entry.name))}"
 

@@ -245,11 +245,11 @@ def _checkpoint(
 
 
 def _idle_parameters(module: nn.Module) -> int:
-    """Parameters of experts that a sample does not use: each layer runs its top_k largest ones at most."""
+    """Parameters of experts that a sample does not use: each layer runs its largest ones at most."""
     idle = 0
     for layer in moe_layers(module).values():
         sizes = sorted((sum(p.numel() for p in expert.parameters()) for expert in layer.experts), reverse=True)
-        idle += sum(sizes[layer.top_k :])
+        idle += sum(sizes[layer.active :])
     return idle
 
 

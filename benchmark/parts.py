@@ -27,7 +27,7 @@ class OneExpert(nn.Module):
         }
         for name, found in chosen.items():
             parent, _, child = name.rpartition(".")
-            setattr(self.get_submodule(parent), child, found.experts[expert])
+            setattr(self.get_submodule(parent), child, found.alone(expert))
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (B, K) of [0, 1] images (B, C, H, W)."""

@@ -99,6 +99,11 @@ class TrainingAdversary:
         """Radius of the threat model."""
         return self.threat.eps
 
+    @property
+    def eps(self) -> float:
+        """Radius of the threat model."""
+        return self.threat.eps
+
     def __call__(
         self,
         forward: Forward,
@@ -240,10 +245,10 @@ class Trainer:
                 f"{spec.model} is trained in phases (shares {shares} of the epochs), and one of them would get none of "
                 f"{recipe.epochs}; use more epochs"
             )
-        self.optimizers = [make_optimizer(phase.parameters(model), recipe) for phase in entry.objective]
+        self.optimizers = [make_optimizer(phase.parameters(model), phase.paced(recipe)) for phase in entry.objective]
         self.schedulers = [
-            make_schedule(optimizer, recipe, (last - first) * self.steps_per_epoch * recipe.replays)
-            for optimizer, (first, last) in zip(self.optimizers, self.spans, strict=True)
+            make_schedule(optimizer, phase.paced(recipe), (last - first) * self.steps_per_epoch * recipe.replays)
+            for phase, optimizer, (first, last) in zip(entry.objective, self.optimizers, self.spans, strict=True)
         ]
         self.scaler = torch.amp.GradScaler(self._device_type, enabled=recipe.precision == "float16")
         self.average: AveragedModel | None = None
@@ -528,7 +533,12 @@ def make_schedule(optimizer: torch.optim.Optimizer, recipe: Recipe, steps: int) 
         if step < warm:
             return (step + 1) / (warm + 1)
         left = 1 - min((step - warm) / max(steps - warm, 1), 1.0)
-        fall = {"cosine": (1 - math.cos(math.pi * left)) / 2, "poly": left**0.9, "constant": 1.0}[recipe.schedule]
+        fall = {
+            "cosine": (1 - math.cos(math.pi * left)) / 2,
+            "poly": left**0.9,
+            "step": 0.1 ** ((left <= 0.5) + (left <= 0.25)),
+            "constant": 1.0,
+        }[recipe.schedule]
         return lowest + (1 - lowest) * fall if recipe.schedule != "constant" else 1.0
 
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)

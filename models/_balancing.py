@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -45,4 +46,4 @@ def balanced(
 
         return total
 
-    return tuple(Phase(wrap(phase.loss), phase.part, phase.span) for phase in phases)
+    return tuple(replace(phase, loss=wrap(phase.loss)) for phase in phases)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 import torch
@@ -72,8 +72,9 @@ class Recipe:
 
     A paper with settings of its own subclasses it. Schedules run over the span of a phase: "triangular" swings between
     `lr_low` and `lr_high`, a triangle per `1 / cycles` of it, as in RT-ER's code; the others start at `lr_high`, rise
-    to it over `warmup` of the span, and fall to `lr_low` by a cosine, by the power 0.9 ("poly"), or not at all. The
-    digits' rates are ten to twenty times RT-ER's, because a digits run has a third of its optimiser steps.
+    to it over `warmup` of the span, and fall to `lr_low` by a cosine, by the power 0.9 ("poly"), to a tenth of the way
+    at half and again at three quarters ("step"), or not at all. The digits' rates are ten to twenty times RT-ER's,
+    because a digits run has a third of its optimiser steps.
 
     Attributes:
         epochs: passes over the training data; 0 for a model that is composed of trained ones.
@@ -110,7 +111,7 @@ class Recipe:
     momentum: float = 0.9
     nesterov: bool = False
     weight_decay: float = 0.0
-    schedule: Literal["triangular", "cosine", "poly", "constant"] = "triangular"
+    schedule: Literal["triangular", "cosine", "poly", "step", "constant"] = "triangular"
     warmup: float = 0.0
     clip: float = 0.0
     flip: bool = False
@@ -152,7 +153,7 @@ class Recipe:
 CHOICES: Mapping[str, tuple[str, ...]] = {
     "select": ("clean", "robust", "mean"),
     "optimizer": ("adam", "sgd"),
-    "schedule": ("triangular", "cosine", "poly", "constant"),
+    "schedule": ("triangular", "cosine", "poly", "step", "constant"),
     "fast_from": ("start", "clean"),
     "precision": ("float32", "float16", "bfloat16"),
 }
@@ -162,7 +163,7 @@ def _either(words: tuple[str, ...]) -> str:
     return f"{', '.join(words[:-1])} or {words[-1]}"
 
 
-PhaseLoss = Callable[[Any, Tensor, Tensor, Adversary, Recipe], Tensor]
+PhaseLoss = Callable[[Any, Tensor, Tensor, Adversary, Any], Tensor]
 
 
 @dataclass(frozen=True)
@@ -172,17 +173,27 @@ class Phase:
     Attributes:
         loss: maps (model, images, labels, adversary, recipe) to the scalar to lower.
         part: the part of the model that it trains, "" for all of it.
+        without: a part of that part that it leaves alone, "" for none.
         span: when it is active, as shares of the epochs: (0, 0.6) is pre-training, (0.6, 1) what follows it. The
             epoch that is kept comes from those in which the last phase is active.
+        rate: share of the recipe's learning rates that it trains with, given the recipe.
     """
 
     loss: PhaseLoss
     part: str = ""
     span: tuple[float, float] = (0.0, 1.0)
+    without: str = ""
+    rate: Callable[[Any], float] | None = None
 
     def parameters(self, model: nn.Module) -> list[nn.Parameter]:
         module = model.get_submodule(self.part) if self.part else model
-        return [parameter for parameter in module.parameters() if parameter.requires_grad]
+        left = {id(one) for one in model.get_submodule(self.without).parameters()} if self.without else set()
+        return [one for one in module.parameters() if one.requires_grad and id(one) not in left]
+
+    def paced(self, recipe: Recipe) -> Recipe:
+        """The recipe with the phase's own learning rates."""
+        share = 1.0 if self.rate is None else self.rate(recipe)
+        return recipe if share == 1 else replace(recipe, lr_low=share * recipe.lr_low, lr_high=share * recipe.lr_high)
 
 
 @dataclass(frozen=True)

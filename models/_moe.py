@@ -82,7 +82,20 @@ class MoELayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Mixes the experts' outputs for an input (B, ...)."""
-        return combine(self.experts, x, self.route(x))
+        return self.run(x, self.route(x))
+
+    def run(self, x: Tensor, routing: Routing) -> Tensor:
+        """The experts' outputs on x (B, ...), mixed by a given routing; experts that share parts override it."""
+        return combine(self.experts, x, routing)
+
+    @property
+    def active(self) -> int:
+        """Experts that an input runs."""
+        return self.top_k
+
+    def alone(self, expert: int) -> nn.Module:
+        """The network that stands in the layer's place where one expert answers every input."""
+        return self.experts[expert]
 
     def route(self, x: Tensor) -> Routing:
         """The routing in force: the layer's own, or that of the policy installed from outside."""

@@ -24,6 +24,7 @@ from typing_extensions import override
 from moebench.errors import UsageError
 from moebench.models._balancing import balanced
 from moebench.models._base import Adversary, Normalize, Phase, Recipe, Shape, register_model
+from moebench.models._image_moe import NetworkMoE
 from moebench.models._moe import MoELayer, RoutedModel, RouterMode, Routing, Tape, combine, join
 from moebench.models._objectives import (
     ADVERSARIAL,
@@ -57,7 +58,7 @@ SecondAt = Literal["clean", "adversarial"]
 Mixing = Literal["logits", "probabilities"]
 
 
-class ClassifierMoE(RoutedModel):
+class ClassifierMoE(NetworkMoE):
     """Whole classifiers as experts of one MoE layer, routed by a linear map of the normalised pixels (section 3)."""
 
     def __init__(self, num_classes: int, shape: Shape, *, experts: int, top_k: int, router: RouterMode) -> None:
@@ -70,25 +71,6 @@ class ClassifierMoE(RoutedModel):
             top_k=top_k,
             router_mode=router,
         )
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits (B, K) of [0, 1] images (B, C, H, W)."""
-        logits: Tensor = self.moe(self.normalize(x))
-        return logits
-
-    @override
-    def route(self, x: Tensor, *, soft: bool = False) -> Tape:
-        z = self.normalize(x)
-        return {"moe": self.moe.soft_routing(z) if soft else self.moe.own_routing(z)}
-
-    @override
-    def expert_outputs(self, x: Tensor) -> dict[str, Tensor]:
-        z = self.normalize(x)
-        return {"moe": torch.stack([expert(z) for expert in self.moe.experts], dim=1)}
-
-    @override
-    def mix(self, outputs: Mapping[str, Tensor], tape: Tape) -> Tensor:
-        return (tape["moe"].weights.unsqueeze(2) * outputs["moe"]).sum(dim=1)
 
     def runner_up(self, x: Tensor) -> Tensor:
         """The best expert that the router does not select, (B,): second for top-1, (k+1)-th for top-k."""

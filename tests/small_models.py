@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -101,3 +102,16 @@ class Shift:
         self.forwards.append(forward)
         self.losses.append(loss)
         return (x + self.deltas[(len(self.forwards) - 1) % len(self.deltas)]).clamp(0, 1)
+
+
+class Noted(Shift):
+    """A `Shift` with a radius that also keeps how each attack was asked for."""
+
+    def __init__(self, *deltas: float, eps: float = 0.2) -> None:
+        super().__init__(*deltas)
+        self.eps = eps
+        self.asked: list[dict[str, Any]] = []
+
+    def __call__(self, forward: Forward, x: Tensor, loss: Callable[[Tensor], Tensor], **asked: Any) -> Tensor:
+        self.asked.append(asked)
+        return super().__call__(forward, x, loss)

@@ -893,3 +893,21 @@ def test_defaults_train_the_same_bits_as_ever(tmp_path: Path, model: str, schedu
         recipe |= {"optimizer": "sgd", "schedule": "cosine", "lr_high": 0.05, "clip": 1.0, "warmup": 0.2}
     path, _ = train(TrainSpec(model, "digits", tmp_path, recipe=recipe))
     assert hashlib.sha256(path.read_bytes()).hexdigest() == SINCE_THE_FIRST_WEIGHTS[model, schedule]
+
+
+def test_step_schedule_falls_to_a_tenth_at_half_and_again_at_three_quarters() -> None:
+    recipe = Recipe(epochs=1, optimizer="sgd", schedule="step", lr_low=0.0, lr_high=0.1)
+    optimizer = make_optimizer([nn.Parameter(torch.zeros(1))], recipe)
+    scheduler = make_schedule(optimizer, recipe, 100)
+    rates = []
+    for _ in range(100):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert rates == pytest.approx([0.1] * 50 + [0.01] * 25 + [0.001] * 25)
+
+
+def test_a_phase_leaves_out_what_it_should() -> None:
+    model = nn.ModuleDict({"a": nn.ModuleDict({"b": nn.Linear(2, 2), "c": nn.Linear(3, 3)}), "d": nn.Linear(4, 4)})
+    phase = Phase(learns_nothing, part="a", without="a.c")
+    assert [parameter.shape[0] for parameter in phase.parameters(model)] == [2, 2]
