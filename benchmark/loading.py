@@ -237,14 +237,14 @@ def _checkpoint(
         dataset=trained_on,
         origin=origin,
         parameters=total,
-        active_parameters=total - _idle_parameters(module),
+        active_parameters=total - idle_parameters(module),
         flops=count_flops(module, dataset.shape),
         recipe=dict(recipe),
         training_log=tuple(log),
     )
 
 
-def _idle_parameters(module: nn.Module) -> int:
+def idle_parameters(module: nn.Module) -> int:
     """Parameters of experts that a sample does not use: each layer runs its largest ones at most."""
     idle = 0
     for layer in moe_layers(module).values():
@@ -257,9 +257,11 @@ def count_flops(module: nn.Module, shape: tuple[int, int, int]) -> int | None:
     """Floating-point operations of one sample's forward pass by torch's counter; None where zeros are refused."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    training = module.training
+    training, fused = module.training, torch.backends.mha.get_fastpath_enabled()
     device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
     try:
+        # Fused attention is one operation that the counter does not know.
+        torch.backends.mha.set_fastpath_enabled(False)
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             module.eval()(torch.zeros(1, *shape, device=device))
         return int(counter.get_total_flops())
@@ -268,6 +270,7 @@ def count_flops(module: nn.Module, shape: tuple[int, int, int]) -> int | None:
         # missing.
         return None
     finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
         module.train(training)
 
 

@@ -99,11 +99,6 @@ class TrainingAdversary:
         """Radius of the threat model."""
         return self.threat.eps
 
-    @property
-    def eps(self) -> float:
-        """Radius of the threat model."""
-        return self.threat.eps
-
     def __call__(
         self,
         forward: Forward,

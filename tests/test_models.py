@@ -226,7 +226,7 @@ def test_ensembles_combine_their_members() -> None:
     single = torch.stack([member.eval()(2 * x - 1) for member in members])
     torch.testing.assert_close(Ensemble(members, "mean").eval()(x), single.mean(0))
     torch.testing.assert_close(Ensemble(members, "max").eval()(x), single.max(0).values)
-    with pytest.raises(UsageError, match="combination must be 'mean' or 'max', got 'median'"):
+    with pytest.raises(UsageError, match="combination must be 'mean', 'max' or 'vote', got 'median'"):
         MODELS.get("ensemble-mean").make(10, DIGITS, combination="median")
 
 
@@ -243,8 +243,8 @@ def test_settings_change_the_model() -> None:
 
 
 def test_unknown_setting_is_refused() -> None:
-    with pytest.raises(UsageError, match="model 'rt-er' has no setting 'expert'; it has experts, router, top_k"):
-        MODELS.get("rt-er").make(10, DIGITS, expert=3)
+    with pytest.raises(UsageError, match="model 'rt-er' has no setting 'depth'; it has expert, experts, router, top_k"):
+        MODELS.get("rt-er").make(10, DIGITS, depth=3)
     with pytest.raises(UsageError, match="model 'resnet-at' has no setting 'width'; it has none"):
         MODELS.get("resnet-at").make(10, DIGITS, width=3)
 

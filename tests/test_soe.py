@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moebench.errors import UsageError
-from moebench.loading import _idle_parameters
+from moebench.loading import idle_parameters
 from moebench.models import MODELS
 from moebench.models._moe import forced_forward, record, replay, smooth_forward, split_forward
 from moebench.models.soe import SoE, SoERecipe, TwoTrunks, soe_loss, synergy_loss
@@ -140,8 +140,8 @@ def test_one_image_routes_and_another_passes() -> None:
 
 
 def test_all_sub_models_count_as_active() -> None:
-    assert _idle_parameters(soe()) == 0
-    assert _idle_parameters(MODELS.get("adv-moe").make(10, SHAPE)) == 3 * 24_666
+    assert idle_parameters(soe()) == 0
+    assert idle_parameters(MODELS.get("adv-moe").make(10, SHAPE)) == 3 * 24_666
 
 
 def test_complex_confidence_has_a_trunk_of_its_own() -> None:

@@ -1,0 +1,76 @@
+"""`moebench certify`: margins, estimated radii and proven radii of a model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from moebench.commands._guard import users_code
+from moebench.commands._names import check_names
+from moebench.commands._options import debug_option, parse_settings, seed_option, settings_option
+from moebench.schema import format_eps, parse_eps
+
+if TYPE_CHECKING:
+    from moebench.certify import Certificate, Spread
+
+
+@click.command("certify")
+@click.option("--model", required=True, metavar="NAME", help="Registered name, FILE.py:FACTORY or pkg.mod:FACTORY.")
+@click.option("--dataset", default="digits", show_default=True, metavar="NAME", help="NAME, npz:FILE or folder:DIR.")
+@click.option("--attack", default="pgd-50", show_default=True, metavar="A", help="Makes the attacked images.")
+@click.option("--norm", default="Linf", show_default=True, type=click.Choice(["Linf", "L2"]), help="Norm of the ball.")
+@click.option("--eps", metavar="EPS", help="Radius of the attack and of the slopes [default: the data set's].")
+@click.option("--n", type=int, metavar="N", help="Only the first N samples.")
+@click.option("--points", type=int, default=8, show_default=True, metavar="N", help="Random points for the slopes.")
+@click.option("--batch-size", type=int, metavar="N", help="Samples that run together [default: by image size].")
+@click.option("--device", default="cpu", show_default=True, help="Torch device, such as cuda.")
+@seed_option("Seed of random starts and random points.")
+@click.option("--weights", type=click.Path(path_type=Path), metavar="FILE", help="Weights instead of the shipped ones.")
+@settings_option
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
+@debug_option
+def certify_command(
+    settings: tuple[str, ...], attack: str, eps: str | None, points: int, as_json: bool, **options: Any
+) -> None:
+    """Measure the margins of a model and the radii that follow from them.
+
+    Estimated radii put the largest gradient found in place of a Lipschitz constant and prove nothing. Proven radii
+    come from interval bounds over all experts that the router can reach, and are small.
+    """
+    radius = None if eps is None else parse_eps(eps)
+    check_names(options["model"], (attack,), ())
+
+    from moebench.certify import certify
+    from moebench.commands._progress import listening
+    from moebench.evaluation import EvalSpec
+
+    spec = EvalSpec(attacks=(attack,), views=("whole",), eps=radius, settings=parse_settings(settings), **options)
+    with listening() as listener, users_code():
+        found = certify(spec, points=points, listener=listener)
+    if as_json:
+        click.echo(json.dumps(found.to_json()))
+    else:
+        _print(found)
+
+
+def _print(found: Certificate) -> None:
+    radius = format_eps(found.eps)
+    click.echo(f"{found.model} on {found.dataset}, n = {found.n}, {found.norm} {radius}")
+    click.echo(f"  right on clean images {found.sa:.2%}, under {found.attack} {found.standing:.2%}")
+    for name, spread in found.margins.items():
+        _line(f"margin of the logits, {name}", spread, "above 0")
+    _line("estimated radius (proves nothing)", found.estimated, f"at least {radius}")
+    for name, spread in found.dual.items():
+        _line(f"dual bound: {name}", spread, f"at least {spread.threshold:.3g}")
+    if found.certified is None:
+        click.echo(f"  proven radius: none, {found.why}")
+    else:
+        _line("proven radius (interval bounds)", found.certified, f"at least {radius}")
+
+
+def _line(name: str, spread: Spread, reached: str) -> None:
+    values = ", ".join(f"{level} {value:.3g}" for level, value in spread.percentiles.items())
+    click.echo(f"  {name}: {values}; {reached} on {spread.reaching:.2%}")

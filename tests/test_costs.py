@@ -1,0 +1,121 @@
+"""Operations and parameters of every kind of model, against counts made by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from moebench.datasets import Dataset, load_dataset
+from moebench.loading import count_flops, idle_parameters
+from moebench.models import MODELS
+from moebench.models._vit_small import vit_small
+
+DIGITS, CIFAR, LARGE = (1, 8, 8), (3, 32, 32), (3, 224, 224)
+ROUTER = 2 * 64 * 4
+"""Operations of a linear router from 64 pixels to 4 experts; a multiplication and an addition are two."""
+
+
+def conv(inputs: int, outputs: int, side: int, kernel: int = 3) -> int:
+    """Operations of a convolution that gives maps of side × side."""
+    return 2 * inputs * outputs * kernel**2 * side**2
+
+
+EXPERT = (
+    conv(1, 16, 8)
+    + 2 * conv(16, 16, 8)
+    + 2 * conv(16, 16, 4)
+    + conv(16, 16, 4, 1)
+    + conv(16, 32, 2)
+    + conv(32, 32, 2)
+    + conv(16, 32, 2, 1)
+    + 2 * 32 * 10
+)
+"""Operations of ResNet-8 on a digit: BatchNorm, ReLU, sums and means are not counted."""
+
+EXPERT_SIZE, ROUTER_SIZE = 24_666, 65 * 4
+
+
+@pytest.fixture(scope="module")
+def digits() -> Dataset:
+    return load_dataset("digits", n=2)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "operations", "total", "active"),
+    [
+        ("resnet-at", {}, EXPERT, EXPERT_SIZE, EXPERT_SIZE),
+        ("rt-er", {}, ROUTER + EXPERT, ROUTER_SIZE + 4 * EXPERT_SIZE, ROUTER_SIZE + EXPERT_SIZE),
+        ("rt-er-top2", {}, ROUTER + 2 * EXPERT, ROUTER_SIZE + 4 * EXPERT_SIZE, ROUTER_SIZE + 2 * EXPERT_SIZE),
+        ("rt-er", {"top_k": 4}, ROUTER + 4 * EXPERT, ROUTER_SIZE + 4 * EXPERT_SIZE, ROUTER_SIZE + 4 * EXPERT_SIZE),
+        ("rt-er-e3", {}, 2 * 64 * 3 + EXPERT, 65 * 3 + 3 * EXPERT_SIZE, 65 * 3 + EXPERT_SIZE),
+        ("rt-er-e5", {}, 2 * 64 * 5 + EXPERT, 65 * 5 + 5 * EXPERT_SIZE, 65 * 5 + EXPERT_SIZE),
+        ("dual-moe", {}, 2 * (ROUTER + EXPERT), 2 * (ROUTER_SIZE + 4 * EXPERT_SIZE), 2 * (ROUTER_SIZE + EXPERT_SIZE)),
+        ("ensemble-mean", {}, 4 * EXPERT, 4 * EXPERT_SIZE, 4 * EXPERT_SIZE),
+        ("ensemble-max", {}, 4 * EXPERT, 4 * EXPERT_SIZE, 4 * EXPERT_SIZE),
+        ("ensemble-vote", {"members": 5}, 5 * EXPERT, 5 * EXPERT_SIZE, 5 * EXPERT_SIZE),
+    ],
+)
+def test_costs_are_those_of_the_experts_that_run(
+    name: str, settings: dict[str, Any], operations: int, total: int, active: int
+) -> None:
+    model = MODELS.get(name).make(10, DIGITS, **settings)
+    assert count_flops(model, DIGITS) == operations
+    assert parameters(model) == total
+    assert total - idle_parameters(model) == active
+
+
+def parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+@pytest.mark.parametrize("name", MODELS.names())
+def test_active_parameters_are_some_and_at_most_all(name: str) -> None:
+    model = MODELS.get(name).make(10, DIGITS)
+    idle, total = idle_parameters(model), parameters(model)
+    assert 0 <= idle < total
+    sparse = any(getattr(part, "top_k", None) != len(getattr(part, "experts", ())) for part in _layers(model))
+    assert (idle > 0) == sparse
+    flops = count_flops(model, DIGITS)
+    assert flops is not None and flops > 0
+
+
+def _layers(model: nn.Module) -> list[nn.Module]:
+    from moebench.models._moe import moe_layers
+
+    return list(moe_layers(model).values())
+
+
+def vit_operations(shape: tuple[int, int, int], patch: int, layers: int, hidden: int, classes: int) -> int:
+    """Patch embedding, per layer four projections, two products of attention and the MLP, and the head."""
+    tokens = (shape[1] // patch) ** 2 + 1
+    embedding = 2 * shape[0] * patch**2 * hidden * (tokens - 1)
+    projections, attention, mlp = 4 * 2 * tokens * hidden**2, 2 * 2 * tokens**2 * hidden, 2 * 2 * tokens * 4 * hidden**2
+    return embedding + layers * (projections + attention + mlp) + 2 * hidden * classes
+
+
+@pytest.mark.parametrize(("shape", "patch", "layers", "hidden"), [(DIGITS, 2, 2, 32), (CIFAR, 4, 6, 128)])
+def test_operations_of_a_transformer_are_all_counted(
+    shape: tuple[int, int, int], patch: int, layers: int, hidden: int
+) -> None:
+    """torch runs attention as one fused operation in eval mode, which its counter does not know."""
+    network = vit_small(10, shape)
+    expected = vit_operations(shape, patch, layers, hidden, 10)
+    counted = count_flops(network, shape)
+    assert counted == expected
+    model = MODELS.get("rt-er").make(10, shape, expert="vit")
+    router = 2 * shape[0] * shape[1] * shape[2] * 4
+    assert count_flops(model, shape) == router + expected
+
+
+def test_operations_on_another_device_than_the_processor() -> None:
+    with torch.device("meta"):
+        model = MODELS.get("resnet18-at").make(10, CIFAR)
+    stem, first = conv(3, 64, 32), 4 * conv(64, 64, 32)
+    later = sum(
+        conv(width // 2, width, side) + 3 * conv(width, width, side) + conv(width // 2, width, side, 1)
+        for width, side in ((128, 16), (256, 8), (512, 4))
+    )
+    assert count_flops(model, CIFAR) == stem + first + later + 2 * 512 * 10
