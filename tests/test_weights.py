@@ -6,6 +6,7 @@ import os
 import resource
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,6 @@ from torch.nn import functional as F
 from moebench.datasets import load_dataset
 from moebench.errors import UsageError
 from moebench.models import MODELS, load_model
-from moebench.models._base import Recipe
 from moebench.models._weights import (
     SHIPPED,
     load_into,
@@ -103,7 +103,9 @@ def test_validation_accuracy_is_reproduced(path: Path) -> None:
     x, y = torch.from_numpy(data.images), torch.from_numpy(data.labels)
     model.eval().requires_grad_(False)
     assert (model(x).argmax(1) == y).double().mean().item() == card["validation"]["clean"]
-    recipe = Recipe(**card["recipe"])
+    registered = MODELS.get(card["model"]).recipe
+    assert registered is not None
+    recipe = replace(registered, **card["recipe"])
     adversary = TrainingAdversary(model, ThreatModel(**card["threat"]), recipe, card["seed"])
     x_adv = adversary(model, x, lambda logits: F.cross_entropy(logits, y, reduction="none"))
     robust = (model(x_adv).argmax(1) == y).double().mean().item()
