@@ -12,6 +12,7 @@ import click
 from moebench import __version__
 from moebench.commands._options import debug_option
 from moebench.commands.evaluate import evaluate_command
+from moebench.commands.experts import experts_command
 from moebench.commands.listing import list_command
 from moebench.commands.report import report_command
 from moebench.commands.show import show_command
@@ -33,6 +34,7 @@ for command in (
     train_command,
     transfer_command,
     universal_command,
+    experts_command,
     list_command,
     show_command,
     report_command,
