@@ -116,7 +116,7 @@ class _CellRunner:
             adv_pred=work.clean_pred.clone(),
             broken=torch.zeros_like(work.clean_pred, dtype=torch.bool),
         )
-        self.probe = RoutingProbe(work.model, work.samples.x, work.batch_size)
+        self.probe = RoutingProbe(work.model, work.samples.x, work.batch_size, work.samples.y)
         self.done: dict[str, Tensor] = {}
         view = make_view(work.cell.view, work.search)
         view.prepare(work.samples.x)

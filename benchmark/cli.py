@@ -13,6 +13,7 @@ from moebench import __version__
 from moebench.commands._options import debug_option
 from moebench.commands.certify import certify_command
 from moebench.commands.evaluate import evaluate_command
+from moebench.commands.experts import experts_command
 from moebench.commands.listing import list_command
 from moebench.commands.report import report_command
 from moebench.commands.show import show_command
@@ -35,6 +36,7 @@ for command in (
     transfer_command,
     universal_command,
     certify_command,
+    experts_command,
     list_command,
     show_command,
     report_command,

@@ -121,7 +121,9 @@ def _part(loaded: LoadedModel, part: str, dataset: Dataset) -> LoadedModel:
     whole, checkpoint = loaded.record, loaded.checkpoint
     name = f"{whole.name}/{part}"
     module = part_of(loaded.module, part, whole.name)
-    record = ModelRecord(name, PART_FAMILY, f"{part} of {whole.name}, alone", whole.training, None, whole.paper)
+    # With one expert forced in one layer, the other layers still route.
+    routing = whole.routing if moe_layers(module) else None
+    record = ModelRecord(name, PART_FAMILY, f"{part} of {whole.name}, alone", whole.training, routing, whole.paper)
     identity = hashlib.sha256(f"{checkpoint.sha256}/{part}".encode()).hexdigest()
     alone = _checkpoint(module, identity, name, checkpoint.dataset, checkpoint.origin, dataset, checkpoint.recipe, ())
     return LoadedModel(module, record, alone, loaded.code)

@@ -33,11 +33,13 @@ class RoutingProbe:
         model: the whole model; for one without MoE layers the probe does nothing.
         x: clean samples, (N, C, H, W).
         batch_size: samples per forward pass.
+        y: labels, (N,); None where classes are not to be counted.
     """
 
-    def __init__(self, model: nn.Module, x: Tensor, batch_size: int) -> None:
+    def __init__(self, model: nn.Module, x: Tensor, batch_size: int, y: Tensor | None = None) -> None:
         self.model = model
         self.batch_size = batch_size
+        self.y = y
         self.attacked = torch.zeros(len(x), dtype=torch.bool, device=x.device)
         self._layers: dict[str, _Layer] = {}
         if not moe_layers(model):
@@ -73,7 +75,7 @@ class RoutingProbe:
         at = self.attacked.nonzero().squeeze(1)
         if len(at) == 0:
             return ()
-        return tuple(_aggregate(name, layer, at) for name, layer in self._layers.items())
+        return tuple(_aggregate(name, layer, at, self.y) for name, layer in self._layers.items())
 
     def _note(self, name: str, index: Tensor, weights: Tensor, entropy: Tensor) -> None:
         layer = self._layers[name]
@@ -96,13 +98,11 @@ class RoutingProbe:
         }
 
 
-def _aggregate(name: str, layer: _Layer, at: Tensor) -> RoutingLayer:
+def _aggregate(name: str, layer: _Layer, at: Tensor, y: Tensor | None) -> RoutingLayer:
     before, after = layer.weights[at] > 0, layer.adv_weights[at] > 0
     shared, either = (before & after).sum(dim=1), (before | after).sum(dim=1)
     first, last = layer.weights[at].argmax(dim=1), layer.adv_weights[at].argmax(dim=1)
     experts = before.shape[1]
-    moves = torch.zeros(experts, experts, dtype=torch.int64, device=at.device)
-    moves.index_put_((first, last), torch.ones_like(first), accumulate=True)
     return RoutingLayer(
         name=name,
         iou=float((shared / either.clamp_min(1)).mean()),
@@ -111,5 +111,12 @@ def _aggregate(name: str, layer: _Layer, at: Tensor) -> RoutingLayer:
         entropy_adv=float(layer.adv_entropy[at].mean()),
         load_clean=tuple(layer.weights[at].mean(dim=0).tolist()),
         load_adv=tuple(layer.adv_weights[at].mean(dim=0).tolist()),
-        moves=tuple(tuple(row) for row in moves.tolist()),
+        moves=_counts(first, last, experts, experts),
+        classes=() if y is None else _counts(y[at], first, int(y.max()) + 1, experts),
     )
+
+
+def _counts(rows: Tensor, columns: Tensor, height: int, width: int) -> tuple[tuple[int, ...], ...]:
+    """How many samples fall into each cell of a table, given their row and column (n,)."""
+    table = torch.bincount(rows * width + columns, minlength=height * width).view(height, width)
+    return tuple(tuple(row) for row in table.tolist())

@@ -276,7 +276,8 @@ class RoutingLayer:
 
     `iou` is the mean intersection over union of the selected experts; `changed` the share of samples whose set of
     selected experts changed; entropies are of the router's softmax, in nats; loads are the shares of routing weight
-    per expert, and `moves[i][j]` counts samples whose first expert went from i to j.
+    per expert, and `moves[i][j]` counts samples whose first expert went from i to j. `classes[y][i]` counts samples of
+    class y whose first expert is i on the clean image; empty in results from before it was kept.
     """
 
     name: str
@@ -287,6 +288,7 @@ class RoutingLayer:
     load_clean: tuple[float, ...]
     load_adv: tuple[float, ...]
     moves: tuple[tuple[int, ...], ...]
+    classes: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True)

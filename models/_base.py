@@ -66,6 +66,32 @@ class Adversary(Protocol):
         ...
 
 
+class AdversaryOn:
+    """An adversary whose attacks are made on other forward passes than those that the objective asks for.
+
+    Args:
+        adversary: makes the attacks.
+        change: from the objective's forward pass to the one that is attacked.
+    """
+
+    def __init__(self, adversary: Adversary, change: Callable[[Forward], Forward]) -> None:
+        self._adversary = adversary
+        self._change = change
+
+    @property
+    def eps(self) -> float:
+        """As the adversary's."""
+        return self._adversary.eps
+
+    def __call__(self, forward: Forward, x: Tensor, loss: Callable[[Tensor], Tensor], **options: Any) -> Tensor:
+        """As the adversary, on the changed pass."""
+        return self._adversary(self._change(forward), x, loss, **options)
+
+    def carried(self, x: Tensor) -> Tensor:
+        """As the adversary's: the pass is the objective's own."""
+        return self._adversary.carried(x)
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How a model is trained: plain data, printed by `moebench show` and stored with the weights.

@@ -103,10 +103,16 @@ class MoELayer(nn.Module):
 
     def own_routing(self, x: Tensor) -> Routing:
         """Top-k of the router's softmax. In train mode, top-1 lets the gradient of the winner's weight through."""
-        probs = self.probabilities(x)
+        return self.assign(self.probabilities(x))
+
+    def assign(self, probs: Tensor) -> Routing:
+        """The routing that a softmax (B, E) of the router gives; `own_routing` without running the router."""
         if self.top_k == len(self.experts):
             return Routing(probs, torch.ones_like(probs, dtype=torch.bool))
-        selected = torch.zeros_like(probs, dtype=torch.bool).scatter_(1, probs.topk(self.top_k, dim=1).indices, True)
+        return self.weigh(probs, top_experts(probs, self.top_k))
+
+    def weigh(self, probs: Tensor, selected: Tensor) -> Routing:
+        """The weights of selected experts, (B, E) bool with k true entries per row."""
         kept = probs * selected
         if self.top_k > 1:
             return Routing(kept / kept.sum(dim=1, keepdim=True), selected)
@@ -136,6 +142,11 @@ class MoELayer(nn.Module):
         """The router's softmax over all experts, (B, E)."""
         logits: Tensor = self.router(x)
         return logits.softmax(dim=1)
+
+
+def top_experts(scores: Tensor, top_k: int) -> Tensor:
+    """The k experts of highest score, (B, E) bool."""
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, scores.topk(top_k, dim=1).indices, True)
 
 
 def combine(experts: nn.ModuleList, x: Tensor, routing: Routing) -> Tensor:
@@ -186,6 +197,11 @@ class RoutedModel(nn.Module):
     def mix(self, outputs: Mapping[str, Tensor], tape: Tape) -> Tensor:
         """The model's logits from its experts' outputs and a routing."""
         raise TypeError(f"{type(self).__name__} has no experts whose outputs could be kept")
+
+
+def has_shortcut(model: nn.Module) -> bool:
+    """Whether a model knows its routing without running its experts (it overrides `RoutedModel.route`)."""
+    return isinstance(model, RoutedModel) and type(model).route is not RoutedModel.route
 
 
 def moe_layers(model: nn.Module) -> dict[str, MoELayer]:
@@ -263,8 +279,8 @@ def soft_route(model: nn.Module, x: Tensor) -> Tape:
     Where several layers lie behind each other, each weighs the features that hard routing really gives it, and the
     gradient passes the layers before it straight through.
     """
-    if isinstance(model, RoutedModel) and type(model).route is not RoutedModel.route:
-        return model.route(x, soft=True)
+    if has_shortcut(model):
+        return route(model, x, soft=True)
     return record(model, x, soft=True, straight_through=True)
 
 

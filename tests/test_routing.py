@@ -58,6 +58,17 @@ def test_routing_of_a_known_gate_is_that_computed_by_hand(model: TwoExperts) -> 
     assert layer.entropy_adv == pytest.approx(mean([binary_entropy(p) for p in (0.3, 0.8, 0.2, 0.6)]), rel=1e-5)
 
 
+def test_classes_are_counted_by_their_first_expert_on_the_clean_image(model: TwoExperts) -> None:
+    y = torch.tensor([0, 0, 2, 0, 2])
+    probe = RoutingProbe(model, pixels(*CLEAN), 2, y)
+    attack(probe)
+    (layer,) = probe.layers()
+    # Sample 1 is not attacked; samples 0 and 2 go to expert 0, 3 and 4 to expert 1. Nobody is of class 1.
+    assert layer.classes == ((1, 1), (0, 0), (1, 1))
+    assert sum(map(sum, layer.classes)) == sum(map(sum, layer.moves)) == 4
+    assert RoutingProbe(model, pixels(*CLEAN), 2).layers() == ()
+
+
 def test_everybody_sent_to_one_expert(model: TwoExperts) -> None:
     probe = RoutingProbe(model, pixels(*CLEAN), batch_size=8)
     probe.look(pixels(0.9, 0.8, 0.7, 0.8, 0.9), torch.arange(5))

@@ -185,6 +185,7 @@ def _layer(layer: dict[str, Any]) -> RoutingLayer:
         load_clean=tuple(map(_number, layer["load_clean"])),
         load_adv=tuple(map(_number, layer["load_adv"])),
         moves=tuple(map(tuple, layer["moves"])),
+        classes=tuple(map(tuple, layer.get("classes", ()))),
     )
 
 
