@@ -5,10 +5,13 @@ Dosovitskiy et al., 2021 (arXiv 2010.11929); the comparison is that of V-MoE's r
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import nn
 
 from moebench.models._base import Recipe, Shape, register_model
-from moebench.models._objectives import ADVERSARIAL, STANDARD
+from moebench.models._curriculum import from_clean_to_adversarial
+from moebench.models._objectives import STANDARD, standard_loss
 from moebench.models._vit import VisionTransformer, parse_size
 from moebench.schema import PaperCard
 
@@ -31,13 +34,10 @@ DOSOVITSKIY_2021 = PaperCard(
 )
 
 VIT_ST = Recipe(
-    epochs=100, select="clean", optimizer="adamw", schedule="cosine", warmup=0.1, lr_low=1e-5, lr_high=2e-3,
-    weight_decay=0.1, clip=1.0,
+    epochs=150, select="clean", optimizer="adamw", schedule="cosine", warmup=0.1, lr_low=1e-5, lr_high=3e-3,
+    weight_decay=0.05, clip=1.0, attack_steps=3, step_fraction=0.5,
 )  # fmt: skip
-VIT_AT = Recipe(
-    epochs=60, optimizer="adamw", schedule="cosine", warmup=0.1, lr_low=1e-5, lr_high=2e-3, weight_decay=0.1, clip=1.0,
-    attack_steps=5, step_fraction=0.4,
-)  # fmt: skip
+VIT_AT = replace(VIT_ST, epochs=180, select="robust", lr_high=2e-3)
 
 
 @register_model(
@@ -56,7 +56,7 @@ VIT_AT = Recipe(
     training="adversarial",
     paper=DOSOVITSKIY_2021,
     recipe=VIT_AT,
-    objective=ADVERSARIAL,
+    objective=from_clean_to_adversarial(standard_loss),
 )
 @register_model(
     "vit-wide",

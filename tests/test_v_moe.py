@@ -6,6 +6,7 @@ import copy
 import math
 from dataclasses import replace
 from functools import lru_cache
+from itertools import pairwise
 
 import pytest
 import torch
@@ -293,7 +294,7 @@ def test_noise_has_the_spread_of_one_over_the_experts_and_is_for_training_only()
     moe, x = layer(5, 1).train(), normal(40, 50, 6).double()
     torch.manual_seed(1)
     _, logits, noisy = moe.noisy_routing(x)
-    assert float((noisy - logits).std()) == pytest.approx(1 / 5, rel=0.02)
+    assert float((noisy - logits).detach().std()) == pytest.approx(1 / 5, rel=0.02)
     assert not torch.equal(moe.own_routing(x).weights, moe.own_routing(x).weights)
     moe.eval()
     assert torch.equal(moe.own_routing(x).weights, moe.own_routing(x).weights)
@@ -364,13 +365,32 @@ def test_one_step_of_training_at_the_size_of_cifar(name: str) -> None:
     before = {key: value.clone() for key, value in made.named_parameters()}
     adversary = TrainingAdversary(made, ThreatModel("Linf", 8 / 255), replace(entry.recipe, attack_steps=1), seed=0)
     optimizer = make_optimizer(list(made.parameters()), entry.recipe)
-    loss = entry.objective[0].loss(made, images(4, CIFAR), torch.arange(4), adversary, entry.recipe)
+    loss = entry.objective[-1].loss(made, images(4, CIFAR), torch.arange(4), adversary, entry.recipe)
     torch.autograd.backward(loss)
     optimizer.step()
     assert bool(torch.isfinite(loss)) and made.training
     still = {key for key, value in made.named_parameters() if torch.equal(value, before[key])}
     assert still <= {key for key, value in made.named_parameters() if value.grad is None or not value.grad.any()}
     assert "embedding.weight" not in still and "blocks.5.norm2.weight" not in still
+
+
+@pytest.mark.parametrize("name", ["v-moe-at", "vit-at"])
+def test_adversarial_training_comes_to_its_radius_by_steps(name: str) -> None:
+    entry = MODELS.get(name)
+    assert entry.recipe is not None
+    spans = [phase.span for phase in entry.objective]
+    assert (spans[0][0], spans[-1][1]) == (0, 1) and all(a[1] == b[0] for a, b in pairwise(spans))
+    seen: list[Tensor] = []
+    made, x, y = entry.make(10, DIGITS).eval(), images(4), torch.arange(4)
+    made.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
+
+    def adversary(forward: object, clean: Tensor, loss: object, **options: object) -> Tensor:
+        return clean / 2
+
+    for phase in entry.objective:
+        phase.loss(made, x, y, adversary, entry.recipe)
+    for given, share in zip(seen, (0, 0.25, 0.5, 0.75, 1), strict=True):
+        torch.testing.assert_close(given, x - share * x / 2)
 
 
 def test_adamw_decays_kernels_only() -> None:

@@ -70,7 +70,8 @@ def test_routing_and_experts_are_really_split(name: str) -> None:
     mixed = split_forward(model, a, b, soft=True)
     soft_a, soft_b = smooth_forward(model, a), smooth_forward(model, b)
     assert not torch.allclose(mixed, soft_b, atol=1e-5) and not torch.allclose(mixed, soft_a, atol=1e-5)
-    close(replay(model, b, route(model, b, soft=True)), soft_b)
+    if not routes_tokens(model):  # its second layer weighs what hard routing gives it
+        close(replay(model, b, route(model, b, soft=True)), soft_b)
 
 
 @pytest.mark.parametrize("name", MOES)
