@@ -14,7 +14,7 @@ from math import comb, prod
 import torch
 from torch import Tensor, nn
 
-from moebench.models._moe import MoELayer, Tape, moe_layers, record
+from moebench.models._moe import MoELayer, Tape, mixes_all, moe_layers, record, routes_tokens
 
 MOST = 64
 """Regions per sample, at most."""
@@ -24,6 +24,20 @@ MOST_SETS = 512
 
 PART = 256
 """Samples whose routing is recorded together."""
+
+
+def no_regions(model: nn.Module) -> str | None:
+    """Why attacks that go through the regions of a router have nothing to do on a model; None where they have."""
+    if mixes_all(model):
+        return "every expert always runs, so the router has one region only"
+    if routes_tokens(model):
+        return (
+            "every token is routed by itself, so a layer has as many regions as sets of experts to the power of the "
+            "tokens"
+        )
+    if any(layer.barred for layer in moe_layers(model).values()):
+        return "the best experts are barred, so no region of the router is that of the experts that run"
+    return None
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ never higher than AutoAttack's; the other stages are
 - for soft gates (every expert always runs): `joint`, Auto-PGD on the router alone, on the experts alone, and on each
   expert alone;
 - for dual models, besides: Auto-PGD on each half;
-- for several layers behind each other, besides: Auto-PGD on expert i in all layers.
+- for routing per token, where there are too many regions: instead of `region`, `joint`; and, as for several layers
+  behind each other, besides: Auto-PGD on expert i in all layers.
 
 The strong and cheap stages come first; what is besides comes last.
 """
@@ -26,7 +27,7 @@ from moebench.attacks.fab import FAB
 from moebench.attacks.joint import Joint
 from moebench.attacks.region import Region
 from moebench.attacks.square import Square
-from moebench.models._moe import mixes_all, moe_layers
+from moebench.models._moe import mixes_all, moe_layers, routes_tokens
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,8 @@ def fit(stages: tuple[Attack, ...], model: nn.Module) -> tuple[Attack, ...]:
     halves = component_halves(model)
     if mixes_all(model):
         stages = (*stages[:-2], Joint(loss="ce"), *_on("router", "experts"), *_each_expert(model), *stages[-2:])
+    elif routes_tokens(model):
+        stages = (*stages, Joint(loss="ce"), *_each_expert(model))
     elif len(layers) > 1 and not halves:
         stages = (*stages, *_each_expert(model))
     return (*stages, *_on(*halves))

@@ -16,8 +16,8 @@ from typing_extensions import override
 
 from moebench.attacks._base import Attack, Loss, Rows, register_attack
 from moebench.attacks._losses import dlr_towards
+from moebench.attacks._regions import no_regions
 from moebench.attacks.apgd import APGD
-from moebench.models._moe import mixes_all
 
 INSIDE = 0.05
 """Router margin, as a share of the spread of the router's logits, beyond which nothing more is asked of the router."""
@@ -51,7 +51,7 @@ class Region(APGD):
 
     @override
     def unfit(self, model: nn.Module) -> str | None:
-        return "every expert always runs, so the router has one region only" if mixes_all(model) else None
+        return no_regions(model)
 
     @override
     def targets(self, logits: Tensor, y: Tensor) -> Tensor | None:

@@ -58,6 +58,8 @@ def _layer(layer: MoELayer) -> str:
     each = sum(p.numel() for p in layer.experts[0].parameters())
     router = sum(p.numel() for p in layer.router.parameters())
     experts = f"{len(layer.experts)} experts of {each:,} parameters, top-{layer.top_k}"
+    if layer.per_token:
+        experts += " per token"
     return f"{experts}, router of {router:,} ({layer.router_mode})"
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from moebench.attacks._base import Attack, AttackPlan
 from moebench.attacks._engine import Engine, Finished, Samples
@@ -21,7 +22,7 @@ from moebench.datasets import Dataset
 from moebench.fitting import CRAFTING, fit_stage, shared_out
 from moebench.metrics import wilson
 from moebench.routing import RoutingProbe
-from moebench.schema import WARM_START, CellSpec, Chunk, Precision, ResultRecord, ThreatModel
+from moebench.schema import LOSSES, WARM_START, CellSpec, Chunk, Precision, ResultRecord, ThreatModel
 from moebench.store import Store
 from moebench.threat import distances
 
@@ -58,12 +59,14 @@ class CellOutcome:
     """The state of a cell per sample while it runs and when it is over; all tensors are (N, …).
 
     `broken` includes samples that were wrong from the start. After resuming, `x_adv` of samples decided earlier is
-    their clean image.
+    their clean image. `losses` are cross-entropies (2, N) on the clean and on the last image of each sample, NaN where
+    an earlier process did not keep them.
     """
 
     x_adv: Tensor
     adv_pred: Tensor
     broken: Tensor
+    losses: Tensor
     forwards: int = 0
     backwards: int = 0
     seconds: float = 0.0
@@ -115,6 +118,7 @@ class _CellRunner:
             x_adv=work.samples.x.clone(),
             adv_pred=work.clean_pred.clone(),
             broken=torch.zeros_like(work.clean_pred, dtype=torch.bool),
+            losses=work.samples.x.new_full((2, len(work.samples)), float("nan")),
         )
         self.probe = RoutingProbe(work.model, work.samples.x, work.batch_size, work.samples.y)
         self.done: dict[str, Tensor] = {}
@@ -228,6 +232,8 @@ class _CellRunner:
         n = len(work.samples)
         standing = int((~out.broken).sum())
         low, high = wilson(standing, n)
+        if not bool(out.losses.isnan().any()):
+            out.stages["clean"] |= dict(zip(LOSSES, out.losses.double().mean(dim=1).tolist(), strict=True))
         record = ResultRecord(
             attack=work.cell.attack,
             view=work.cell.view,
@@ -257,6 +263,7 @@ class _CellRunner:
             distance = torch.where(finished.broken, moved, distance)
         self.outcome.x_adv[at] = finished.x_adv
         extras = {} if stage == "clean" else self.probe.look(finished.x_adv, at)
+        extras["loss"] = self._loss(finished.x_adv, at).cpu().numpy()
         chunk = Chunk(
             stage=stage,
             index=_int64(at),
@@ -270,6 +277,14 @@ class _CellRunner:
             extras=extras,
         )
         self._commit(chunk)
+
+    @torch.no_grad()
+    def _loss(self, x: Tensor, index: Tensor) -> Tensor:
+        """The whole model's cross-entropy at images of the samples `index`, (m,); a random model's draws are left."""
+        devices = [x.device] if x.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            logits = [self.work.model(part).float() for part in batches(x, self.work.batch_size)]
+        return F.cross_entropy(torch.cat(logits), self.work.samples.y[index], reduction="none")
 
     def _commit(self, chunk: Chunk) -> None:
         self._book(chunk)
@@ -288,6 +303,11 @@ class _CellRunner:
         hit = at[broken]
         out.broken[hit] = True
         out.adv_pred[hit] = torch.from_numpy(chunk.adv_pred.copy()).to(device)[broken]
+        if "loss" in chunk.extras:
+            loss = torch.from_numpy(chunk.extras["loss"].copy()).to(device)
+            out.losses[1, at] = loss
+            if chunk.stage == "clean":
+                out.losses[0, at] = loss
         out.forwards += int(chunk.forwards.sum())
         out.backwards += int(chunk.backwards.sum())
         out.seconds += chunk.seconds

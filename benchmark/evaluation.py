@@ -55,7 +55,7 @@ class EvalSpec:
     torch.compile on the search. `views` is empty for the model's default views, `eps` None for the data
     set's default radius, `n` None for all samples. `trust` has the model probed after the attacks. `train_data` names
     what attacks that need training data are made on (None for the train split of `dataset`), and `train_n` how much of
-    it.
+    it. `routing` overrides the routing of every MoE layer, as `top-k=1` or `drop-best`.
     """
 
     model: str
@@ -81,6 +81,7 @@ class EvalSpec:
     command: str = ""
     train_data: str | None = None
     train_n: int | None = None
+    routing: str | None = None
 
 
 @dataclass(frozen=True)
@@ -159,7 +160,9 @@ def prepare(spec: EvalSpec, plans: Sequence[AttackPlan]) -> Prepared:
     threat = dataset.default_threat(spec.norm) if spec.eps is None else ThreatModel(spec.norm, spec.eps)
     training = load_training(plans, dataset, spec.train_data, spec.train_n)
     torch.manual_seed(spec.seed)
-    loaded = load(spec.model, dataset, weights=spec.weights, settings=spec.settings, device=spec.device)
+    loaded = load(
+        spec.model, dataset, weights=spec.weights, settings=spec.settings, routing=spec.routing, device=spec.device
+    )
     samples = to_samples(dataset.images, dataset.labels, dataset.ids, spec.device)
     if spec.device == "cpu":
         keep_freed_memory()

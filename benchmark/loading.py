@@ -20,8 +20,9 @@ from torch import nn
 from moebench.datasets import Dataset
 from moebench.errors import MoebenchError, UsageError
 from moebench.models._base import MODELS
-from moebench.models._moe import moe_layers
+from moebench.models._moe import moe_layers, reroute
 from moebench.models._weights import load_into, read_weights, shipped_weights, state_sha256
+from moebench.overrides import RoutingOverride, parse_routing
 from moebench.parts import part_of
 from moebench.recipes import own_settings, variant_name
 from moebench.schema import PART_FAMILY, CheckpointRecord, ModelRecord, split_part
@@ -46,6 +47,7 @@ def load(
     *,
     weights: Path | None = None,
     settings: Mapping[str, Any] | None = None,
+    routing: str | None = None,
     device: str = "cpu",
 ) -> LoadedModel:
     """Loads a model for a data set.
@@ -56,10 +58,11 @@ def load(
         dataset: decides the number of classes, the image shape, and which shipped weights are taken.
         weights: a safetensors file with its card, instead of the shipped weights.
         settings: settings of a registered model that the weights' card does not fix.
+        routing: overrides the routing of every MoE layer, see `parse_routing`; the model is then a variant of its own.
         device: where the network goes.
 
     Raises:
-        UsageError: unknown name, no weights, no such part, or a factory that fails.
+        UsageError: unknown name, no weights, no such part, a factory that fails, or a routing that the model cannot do.
     """
     check_device(device)
     name, part = split_part(name)
@@ -71,6 +74,8 @@ def load(
         loaded = _from_registry(name, dataset, weights, settings or {})
     if part is not None:
         loaded = _part(loaded, part, dataset)
+    if routing is not None:
+        loaded = _rerouted(loaded, parse_routing(routing), dataset)
     loaded.module.requires_grad_(False).eval().to(device)
     return loaded
 
@@ -127,6 +132,29 @@ def _part(loaded: LoadedModel, part: str, dataset: Dataset) -> LoadedModel:
     identity = hashlib.sha256(f"{checkpoint.sha256}/{part}".encode()).hexdigest()
     alone = _checkpoint(module, identity, name, checkpoint.dataset, checkpoint.origin, dataset, checkpoint.recipe, ())
     return LoadedModel(module, record, alone, loaded.code)
+
+
+def _rerouted(loaded: LoadedModel, override: RoutingOverride, dataset: Dataset) -> LoadedModel:
+    """The model with its routing overridden: another name, another program, and what it costs now."""
+    try:
+        reroute(loaded.module, top_k=override.top_k, barred=override.barred)
+    except UsageError as error:
+        raise UsageError(f"--routing {override} does not suit {loaded.record.name}: {error}") from None
+    name = variant(loaded.record.name, f"routing={override}")
+    checkpoint = replace(
+        loaded.checkpoint,
+        model=name,
+        active_parameters=loaded.checkpoint.parameters - idle_parameters(loaded.module),
+        flops=count_flops(loaded.module, dataset.shape),
+    )
+    return LoadedModel(
+        loaded.module, replace(loaded.record, name=name), checkpoint, f"{loaded.code}/routing={override}"
+    )
+
+
+def variant(name: str, change: str) -> str:
+    """The name of a model of which something is changed; variants are models of their own in tables."""
+    return f"{name[:-1]},{change}]" if name.endswith("]") and "/" not in name else f"{name}[{change}]"
 
 
 def _check_card(card: Mapping[str, Any], path: Path) -> None:
@@ -247,7 +275,7 @@ def _checkpoint(
 
 
 def idle_parameters(module: nn.Module) -> int:
-    """Parameters of experts that a sample does not use: each layer runs its largest ones at most."""
+    """Parameters of experts that a sample (or token) does not use: each layer runs its largest ones at most."""
     idle = 0
     for layer in moe_layers(module).values():
         sizes = sorted((sum(p.numel() for p in expert.parameters()) for expert in layer.experts), reverse=True)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -12,18 +11,24 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from moebench.attacks._passes import batches
-from moebench.models._moe import moe_layers, route
+from moebench.models._moe import Routing, join, moe_layers, route
 from moebench.schema import IntArray, RoutingLayer
+from moebench.token_routing import TokenTrace
+
+Extras = dict[str, NDArray[Any]]
 
 
-@dataclass
-class _Layer:
-    """Clean and attacked routing of one layer: weights (N, E), of which the selected are positive, entropy (N,)."""
+class Trace(Protocol):
+    """Clean and attacked routing of one layer."""
 
-    weights: Tensor
-    entropy: Tensor
-    adv_weights: Tensor
-    adv_entropy: Tensor
+    def note(self, index: Tensor, routing: Routing, entropy: Tensor) -> Extras:
+        """Keeps the routing of attacked images of the samples `index`; returns it as arrays (m, …) for the store."""
+
+    def restore(self, index: Tensor, extras: Mapping[str, Tensor]) -> None:
+        """Takes over what `note` returned in an earlier process."""
+
+    def aggregate(self, name: str, at: Tensor, y: Tensor | None) -> RoutingLayer:
+        """The routing of the layer over the samples `at`; with all samples' labels y, classes are counted too."""
 
 
 class RoutingProbe:
@@ -41,21 +46,21 @@ class RoutingProbe:
         self.batch_size = batch_size
         self.y = y
         self.attacked = torch.zeros(len(x), dtype=torch.bool, device=x.device)
-        self._layers: dict[str, _Layer] = {}
+        self._layers: dict[str, Trace] = {}
         if not moe_layers(model):
             return
-        for name, (weights, entropy) in self._measure(x).items():
-            self._layers[name] = _Layer(weights, entropy, weights.clone(), entropy.clone())
+        for name, (routing, entropy) in self._measure(x).items():
+            trace = ImageTrace if routing.weights.dim() == 2 else TokenTrace
+            self._layers[name] = trace(routing, entropy)
 
-    def look(self, x_adv: Tensor, index: Tensor) -> dict[str, NDArray[Any]]:
+    def look(self, x_adv: Tensor, index: Tensor) -> Extras:
         """Measures the routing on attacked images of the samples `index`; returns it as arrays (m, …) for the store."""
         if not self._layers:
             return {}
-        extras: dict[str, NDArray[Any]] = {}
-        for name, (weights, entropy) in self._measure(x_adv).items():
-            self._note(name, index, weights, entropy)
-            extras[f"{name}/weights"] = weights.cpu().numpy().astype(np.float32)
-            extras[f"{name}/entropy"] = entropy.cpu().numpy().astype(np.float32)
+        extras: Extras = {}
+        for name, (routing, entropy) in self._measure(x_adv).items():
+            noted = self._layers[name].note(index, routing, entropy)
+            extras |= {f"{name}/{what}": array for what, array in noted.items()}
         self.attacked[index] = True
         return extras
 
@@ -63,11 +68,11 @@ class RoutingProbe:
         """Takes over what an earlier process measured."""
         device = self.attacked.device
         at = torch.from_numpy(index.copy()).to(device)
-        for name in self._layers:
-            if f"{name}/weights" in extras:
-                weights = torch.from_numpy(extras[f"{name}/weights"].copy()).to(device)
-                entropy = torch.from_numpy(extras[f"{name}/entropy"].copy()).to(device)
-                self._note(name, at, weights, entropy)
+        for name, layer in self._layers.items():
+            start = f"{name}/"
+            own = {key.removeprefix(start): array for key, array in extras.items() if key.startswith(start)}
+            if own:
+                layer.restore(at, {key: torch.from_numpy(array.copy()).to(device) for key, array in own.items()})
         self.attacked[at] = True
 
     def layers(self) -> tuple[RoutingLayer, ...]:
@@ -75,45 +80,61 @@ class RoutingProbe:
         at = self.attacked.nonzero().squeeze(1)
         if len(at) == 0:
             return ()
-        return tuple(_aggregate(name, layer, at, self.y) for name, layer in self._layers.items())
-
-    def _note(self, name: str, index: Tensor, weights: Tensor, entropy: Tensor) -> None:
-        layer = self._layers[name]
-        layer.adv_weights[index] = weights
-        layer.adv_entropy[index] = entropy
+        return tuple(layer.aggregate(name, at, self.y) for name, layer in self._layers.items())
 
     @torch.no_grad()
-    def _measure(self, x: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-        """Routing weights (B, E) and the entropy of the router's softmax (B,), by layer."""
-        parts: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    def _measure(self, x: Tensor) -> dict[str, tuple[Routing, Tensor]]:
+        """The routing by layer, and the entropy of the router's softmax, (B,) or (B, T)."""
+        parts: dict[str, list[tuple[Routing, Tensor]]] = {}
         for batch in batches(x, self.batch_size):
             soft = route(self.model, batch, soft=True)
             for name, hard in route(self.model, batch).items():
                 probs = soft[name].weights
-                entropy = -(probs * probs.clamp_min(1e-30).log()).sum(dim=1)
-                parts.setdefault(name, []).append((hard.weights, entropy))
+                entropy = -(probs * probs.clamp_min(1e-30).log()).sum(dim=-1)
+                parts.setdefault(name, []).append((hard, entropy))
         return {
-            name: (torch.cat([weights for weights, _ in found]), torch.cat([entropy for _, entropy in found]))
+            name: (join(*(routing for routing, _ in found)), torch.cat([entropy for _, entropy in found]))
             for name, found in parts.items()
         }
 
 
-def _aggregate(name: str, layer: _Layer, at: Tensor, y: Tensor | None) -> RoutingLayer:
-    before, after = layer.weights[at] > 0, layer.adv_weights[at] > 0
-    shared, either = (before & after).sum(dim=1), (before | after).sum(dim=1)
-    first, last = layer.weights[at].argmax(dim=1), layer.adv_weights[at].argmax(dim=1)
-    experts = before.shape[1]
-    return RoutingLayer(
-        name=name,
-        iou=float((shared / either.clamp_min(1)).mean()),
-        changed=float((before != after).any(dim=1).double().mean()),
-        entropy_clean=float(layer.entropy[at].mean()),
-        entropy_adv=float(layer.adv_entropy[at].mean()),
-        load_clean=tuple(layer.weights[at].mean(dim=0).tolist()),
-        load_adv=tuple(layer.adv_weights[at].mean(dim=0).tolist()),
-        moves=_counts(first, last, experts, experts),
-        classes=() if y is None else _counts(y[at], first, int(y.max()) + 1, experts),
-    )
+class ImageTrace:
+    """Routing per image: weights (N, E), of which the selected are positive, and entropy (N,)."""
+
+    def __init__(self, routing: Routing, entropy: Tensor) -> None:
+        self.weights, self.entropy = routing.weights, entropy
+        self.adv_weights, self.adv_entropy = routing.weights.clone(), entropy.clone()
+
+    def note(self, index: Tensor, routing: Routing, entropy: Tensor) -> Extras:
+        """Keeps weights and entropy; the store gets (m, E) and (m,)."""
+        self.restore(index, {"weights": routing.weights, "entropy": entropy})
+        return {
+            "weights": routing.weights.cpu().numpy().astype(np.float32),
+            "entropy": entropy.cpu().numpy().astype(np.float32),
+        }
+
+    def restore(self, index: Tensor, extras: Mapping[str, Tensor]) -> None:
+        """Takes over weights and entropy."""
+        self.adv_weights[index] = extras["weights"]
+        self.adv_entropy[index] = extras["entropy"]
+
+    def aggregate(self, name: str, at: Tensor, y: Tensor | None) -> RoutingLayer:
+        """Means over the samples `at`."""
+        before, after = self.weights[at] > 0, self.adv_weights[at] > 0
+        shared, either = (before & after).sum(dim=1), (before | after).sum(dim=1)
+        first, last = self.weights[at].argmax(dim=1), self.adv_weights[at].argmax(dim=1)
+        experts = before.shape[1]
+        return RoutingLayer(
+            name=name,
+            iou=float((shared / either.clamp_min(1)).mean()),
+            changed=float((before != after).any(dim=1).double().mean()),
+            entropy_clean=float(self.entropy[at].mean()),
+            entropy_adv=float(self.adv_entropy[at].mean()),
+            load_clean=tuple(self.weights[at].mean(dim=0).tolist()),
+            load_adv=tuple(self.adv_weights[at].mean(dim=0).tolist()),
+            moves=_counts(first, last, experts, experts),
+            classes=() if y is None else _counts(y[at], first, int(y.max()) + 1, experts),
+        )
 
 
 def _counts(rows: Tensor, columns: Tensor, height: int, width: int) -> tuple[tuple[int, ...], ...]:

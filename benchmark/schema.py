@@ -34,6 +34,9 @@ SUITE_VERSION = "v1"
 WARM_START = "warm-start"
 """Stage and parameter of a cell that takes over the adversarial images of a smaller radius."""
 
+LOSSES = ("loss", "loss_attacked")
+"""Facts of the stage `clean`: the mean cross-entropy of all samples on their clean images, and on those of the end."""
+
 NORMS: tuple[Norm, ...] = get_args(Norm)
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 """Of the search: float32; bfloat16 first and float32 on what is left; bfloat16 alone, a quick look, never ranked."""
@@ -181,7 +184,8 @@ class ModelRecord:
 class CheckpointRecord:
     """One set of weights. `sha256` is of the safetensors file, or of state dict and source for a user's own model.
 
-    `parameters` counts all weights, `active_parameters` those that one sample uses, `flops` is per sample.
+    `parameters` counts all weights, `active_parameters` those that one sample uses (one token, where tokens are
+    routed), `flops` is per sample.
     """
 
     sha256: str
@@ -251,8 +255,8 @@ class Chunk:
     `broken` says that an adversarial example inside the threat model changed the prediction of the whole model away
     from the label (or that the clean prediction was wrong already); `adv_pred` is the prediction on it. `distance` is
     the norm of the perturbation (0 for a sample that was wrong from the start). `forwards` and `backwards` count
-    passes per sample. `extras` holds further per-sample arrays by name, (m, …), such as the routing on the attacked
-    images; empty for a model without routing.
+    passes per sample. `extras` holds further per-sample arrays by name, (m, …): `loss`, the cross-entropy on the
+    images, and of a model with routing what it is on the attacked ones.
     """
 
     stage: str
@@ -277,7 +281,8 @@ class RoutingLayer:
     `iou` is the mean intersection over union of the selected experts; `changed` the share of samples whose set of
     selected experts changed; entropies are of the router's softmax, in nats; loads are the shares of routing weight
     per expert, and `moves[i][j]` counts samples whose first expert went from i to j. `classes[y][i]` counts samples of
-    class y whose first expert is i on the clean image; empty in results from before it was kept.
+    class y whose first expert is i on the clean image; empty in results from before it was kept, and where each token
+    is routed by itself: there, all else is over samples and tokens.
     """
 
     name: str
@@ -308,6 +313,15 @@ class ResultRecord:
     changed_predictions: float
     routing: tuple[RoutingLayer, ...] = ()
     stages: Json = field(default_factory=dict)
+
+    @property
+    def losses(self) -> tuple[float | None, float | None]:
+        """Mean cross-entropy before and after the attack; None for results that did not keep it.
+
+        An attack leaves a sample the moment it is broken, so the loss after is not the largest that it could reach.
+        """
+        clean = self.stages.get("clean", {})
+        return clean.get(LOSSES[0]), clean.get(LOSSES[1])
 
 
 PART_FAMILY = "part"

@@ -503,6 +503,12 @@ def make_optimizer(parameters: list[nn.Parameter], recipe: Recipe) -> torch.opti
     """The recipe's optimiser; the schedule sets its rate."""
     if recipe.optimizer == "adam":
         return torch.optim.Adam(parameters, lr=recipe.lr_low, weight_decay=recipe.weight_decay)
+    if recipe.optimizer == "adamw":
+        kernels = [parameter for parameter in parameters if parameter.dim() in (2, 4)]
+        others = [parameter for parameter in parameters if parameter.dim() not in (2, 4)]
+        groups: list[dict[str, Any]] = [{"params": kernels}, {"params": others, "weight_decay": 0.0}]
+        groups = [group for group in groups if group["params"]]
+        return torch.optim.AdamW(groups, lr=recipe.lr_low, weight_decay=recipe.weight_decay)
     return torch.optim.SGD(
         parameters,
         lr=recipe.lr_high,

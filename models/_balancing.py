@@ -20,9 +20,10 @@ def switch_loss(probs: Tensor, selected: Tensor) -> Tensor:
     """E sum_i f_i P_i - 1, 0 for a uniform load (Fedus, Zoph and Shazeer, 2022, arXiv 2101.03961, equation 4).
 
     Args:
-        probs: the router's softmax, (B, E); P_i is its mean, which carries the gradient.
-        selected: experts chosen, (B, E) bool; f_i is the share of the choices that fall on expert i.
+        probs: the router's softmax, (B, E) or (B, T, E); P_i is its mean, which carries the gradient.
+        selected: experts chosen, bool, of that shape; f_i is the share of the choices that fall on expert i.
     """
+    probs, selected = probs.flatten(0, -2), selected.flatten(0, -2)
     load = selected.float().mean(dim=0)
     return probs.shape[1] * (load / load.sum() * probs.mean(dim=0)).sum() - 1
 

@@ -104,7 +104,8 @@ class Recipe:
 
     Attributes:
         epochs: passes over the training data; 0 for a model that is composed of trained ones.
-        optimizer: "adam" or "sgd" (Nesterov if `nesterov`), with `momentum` and `weight_decay`.
+        optimizer: "adam", "adamw" or "sgd" (Nesterov if `nesterov`), with `momentum` and `weight_decay`; adamw decays
+            the weights of dense layers and convolutions only.
         clip: largest norm of the gradient, 0 for none.
         attack_steps, step_fraction: PGD's number of steps, of so much of eps each.
         beta: weight of the objective's second term.
@@ -133,7 +134,7 @@ class Recipe:
     translate: int = 1
     select: Literal["clean", "robust", "mean"] = "robust"
     init_from: Mapping[str, str] = field(default_factory=dict)
-    optimizer: Literal["adam", "sgd"] = "adam"
+    optimizer: Literal["adam", "adamw", "sgd"] = "adam"
     momentum: float = 0.9
     nesterov: bool = False
     weight_decay: float = 0.0
@@ -178,7 +179,7 @@ class Recipe:
 
 CHOICES: Mapping[str, tuple[str, ...]] = {
     "select": ("clean", "robust", "mean"),
-    "optimizer": ("adam", "sgd"),
+    "optimizer": ("adam", "adamw", "sgd"),
     "schedule": ("triangular", "cosine", "poly", "step", "constant"),
     "fast_from": ("start", "clean"),
     "precision": ("float32", "float16", "bfloat16"),

@@ -20,12 +20,12 @@ RouterMode = Literal["trained", "frozen"]
 
 
 class Routing(NamedTuple):
-    """How one MoE layer mixes its experts.
+    """How one MoE layer mixes its experts, per image (B, E), or per token (B, T, E) where a layer routes tokens.
 
     Attributes:
-        weights: (B, E), what each expert's output is multiplied with.
-        selected: (B, E) bool, the experts that run. A selected expert may have weight 0 (it then only carries
-            gradient).
+        weights: (B, E) or (B, T, E), what each expert's output is multiplied with.
+        selected: bool, of the same shape, the experts that run. A selected expert may have weight 0 (it then only
+            carries gradient).
     """
 
     weights: Tensor
@@ -52,20 +52,30 @@ Policy = Callable[["MoELayer", Tensor], Routing]
 class MoELayer(nn.Module):
     """A router and its experts: F(x) = sum over the selected i of w_i(x) f_i(x).
 
-    Each selected expert runs once, on its own samples only.
+    Each selected expert runs once, on its own samples (or tokens) only.
 
     Args:
         experts: modules of equal output shape.
-        router: maps the layer's input to router logits (B, E).
-        top_k: experts per sample; E gives a soft mixture of all.
+        router: maps the layer's input to router logits (B, E), or (B, T, E) for an input (B, T, ...) of tokens.
+        top_k: experts per sample or token; E gives a soft mixture of all.
         router_mode: "trained" passes gradients to the router (straight-through for top-1), "frozen" keeps the router
             at its initialisation.
+        per_token: each of the T tokens of an image is routed by itself.
+        renormalize: divide the softmax weights of the winners by their sum, so that for top-1 the weight is exactly 1;
+            otherwise the weights are the softmax values themselves.
 
-    For top-1 the weight is exactly 1; for k > 1 the softmax weights of the winners are divided by their sum.
+    `barred` is 0 but where a routing is overridden: so many of the best experts do as if they were not there.
     """
 
     def __init__(
-        self, experts: list[nn.Module], router: nn.Module, *, top_k: int = 1, router_mode: RouterMode = "trained"
+        self,
+        experts: list[nn.Module],
+        router: nn.Module,
+        *,
+        top_k: int = 1,
+        router_mode: RouterMode = "trained",
+        per_token: bool = False,
+        renormalize: bool = True,
     ) -> None:
         super().__init__()
         if not 1 <= top_k <= len(experts):
@@ -76,6 +86,9 @@ class MoELayer(nn.Module):
         self.router = router
         self.top_k = top_k
         self.router_mode = router_mode
+        self.per_token = per_token
+        self.renormalize = renormalize
+        self.barred = 0
         if router_mode == "frozen":
             self.router.requires_grad_(False)
         self.policy: Policy | None = None
@@ -112,10 +125,12 @@ class MoELayer(nn.Module):
         return self.weigh(probs, top_experts(probs, self.top_k))
 
     def weigh(self, probs: Tensor, selected: Tensor) -> Routing:
-        """The weights of selected experts, (B, E) bool with k true entries per row."""
+        """The weights of selected experts, (B, E) bool (or per token) with k true entries per row."""
         kept = probs * selected
+        if not self.renormalize:
+            return Routing(kept, selected)
         if self.top_k > 1:
-            return Routing(kept / kept.sum(dim=1, keepdim=True), selected)
+            return Routing(kept / kept.sum(dim=-1, keepdim=True), selected)
         weights = selected.to(probs.dtype)
         if self.training and self.router_mode == "trained":
             weights = weights + kept - kept.detach()
@@ -133,31 +148,38 @@ class MoELayer(nn.Module):
         return Routing(weights, torch.ones_like(probs, dtype=torch.bool))
 
     def forced_routing(self, x: Tensor, expert: int) -> Routing:
-        """One expert with weight 1 for every sample."""
-        weights = x.new_zeros(x.shape[0], len(self.experts))
-        weights[:, expert] = 1.0
+        """One expert with weight 1 for every sample or token."""
+        weights = x.new_zeros(*x.shape[: 2 if self.per_token else 1], len(self.experts))
+        weights[..., expert] = 1.0
         return Routing(weights, weights.bool())
 
     def probabilities(self, x: Tensor) -> Tensor:
-        """The router's softmax over all experts, (B, E)."""
+        """The router's softmax over all experts, (B, E) or (B, T, E); 0 for those that are barred."""
         logits: Tensor = self.router(x)
-        return logits.softmax(dim=1)
+        if self.barred > 0:
+            logits = logits.masked_fill(top_experts(logits, self.barred), float("-inf"))
+        return logits.softmax(dim=-1)
 
 
-def top_experts(scores: Tensor, top_k: int) -> Tensor:
-    """The k experts of highest score, (B, E) bool."""
-    return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, scores.topk(top_k, dim=1).indices, True)
+def top_experts(scores: Tensor, count: int) -> Tensor:
+    """Which entries are among the `count` largest of the last dimension, bool."""
+    mask = torch.zeros_like(scores, dtype=torch.bool)
+    return mask.scatter_(-1, scores.topk(count, dim=-1).indices, True)
 
 
 def combine(experts: nn.ModuleList, x: Tensor, routing: Routing) -> Tensor:
-    """Runs each expert on the samples that selected it and adds up the weighted outputs.
+    """Runs each expert on the samples, or tokens, that selected it and adds up the weighted outputs.
 
     Args:
         experts: E modules.
-        x: (B, ...).
-        routing: for B samples and E experts.
-    Returns: (B, ...), the experts' output shape.
+        x: (B, ...), or (B, T, ...) where tokens are routed.
+        routing: for B samples (or B·T tokens) and E experts.
+    Returns: (B, ...) or (B, T, ...), the experts' output shape.
     """
+    if routing.weights.dim() == 3:
+        flat = Routing(*(part.flatten(0, 1) for part in routing))
+        mixed = combine(experts, x.flatten(0, 1), flat)
+        return mixed.view(*x.shape[:2], *mixed.shape[1:])
     out: Tensor | None = None
     for number, expert in enumerate(experts):
         rows = routing.selected[:, number].nonzero().squeeze(1)
@@ -213,6 +235,44 @@ def mixes_all(model: nn.Module) -> bool:
     """Whether a model has MoE layers and all of them mix all their experts (soft gates): nothing is ever selected."""
     layers = moe_layers(model).values()
     return bool(layers) and all(layer.top_k == len(layer.experts) for layer in layers)
+
+
+def routes_tokens(model: nn.Module) -> bool:
+    """Whether a model has MoE layers that route each token by itself."""
+    return any(layer.per_token for layer in moe_layers(model).values())
+
+
+def reroute(model: nn.Module, *, top_k: int | None = None, barred: int | None = None) -> None:
+    """Overrides the routing of every MoE layer of a trained model.
+
+    Args:
+        model: changed in place.
+        top_k: experts per sample or token; None leaves each layer its own.
+        barred: how many of the best experts of each sample or token do as if they were not there, so that the next
+            best take their places; 0 for as many as the layer selects, None for nothing of the kind.
+
+    Raises:
+        UsageError: the model has no MoE layers, or one of them has too few experts.
+    """
+    layers = moe_layers(model)
+    if not layers:
+        raise UsageError("this model has no MoE layers, so there is no routing to override")
+    for name, layer in layers.items():
+        count = len(layer.experts)
+        if top_k is not None:
+            if not 1 <= top_k <= count:
+                raise UsageError(f"top-k must be between 1 and the {count} experts of layer {name!r}, got {top_k}")
+            layer.top_k = top_k
+        if barred is not None:
+            bars = barred or layer.top_k
+            if bars + layer.top_k > count:
+                raise UsageError(
+                    f"without its {bars} best experts, layer {name!r} has {max(count - bars, 0)} of {count} left and "
+                    f"selects {layer.top_k}; use drop-best={max(count - layer.top_k, 0)} or less"
+                    if count > layer.top_k
+                    else f"layer {name!r} selects all its {count} experts, so none could take the place of the best"
+                )
+            layer.barred = bars
 
 
 @contextmanager

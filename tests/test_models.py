@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional as F
+from toys import awake
 
 from moebench.errors import UsageError
 from moebench.models import MODELS, list_models, load_model
@@ -56,7 +57,7 @@ def test_list_models_has_the_papers_models() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_builds_for_digits(name: str) -> None:
-    model = make(name).eval()
+    model = awake(make(name)).eval()
     with torch.no_grad():
         logits = model(images(3))
     assert logits.shape == (3, 10)

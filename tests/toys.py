@@ -370,3 +370,12 @@ def cut(plan: AttackPlan, **budget: int) -> AttackPlan:
     budget = budget or SMALL
     stages = tuple(replace(stage, **_known(type(stage), **budget)) for stage in plan.stages)
     return replace(plan, stages=stages)
+
+
+def awake(model: nn.Module) -> nn.Module:
+    """The model with noise on every parameter: a fresh V-MoE has equal experts and a head of zeros."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+    return model

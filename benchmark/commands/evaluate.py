@@ -20,6 +20,7 @@ from moebench.commands._options import (
     split_names,
     training_options,
 )
+from moebench.overrides import parse_routing
 from moebench.schema import PRECISIONS, ThreatModel, parse_radii
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 NUMERIC_OPTIONS = {
     "n": None, "batch_size": None, "seed": 0, "engine": "native", "precision": "float32", "draws": 1, "weights": None,
-    "train_data": None, "train_n": None,
+    "train_data": None, "train_n": None, "routing": None,
 }  # fmt: skip
 """Options that numbers depend on, by the name of their parameter, with their defaults."""
 
@@ -64,6 +65,10 @@ NUMERIC_OPTIONS = {
 @click.option("--compile", "compiled", is_flag=True, help="Try torch.compile on the search.")
 @click.option("--weights", type=click.Path(path_type=Path), metavar="FILE", help="Weights instead of the shipped ones.")
 @settings_option
+@click.option(
+    "--routing", metavar="HOW",
+    help="Override the routing of every MoE layer: top-k=N, drop-best (use the next best experts), drop-best=N.",
+)  # fmt: skip
 @training_options
 @database_option
 @click.option("--save-adv", type=click.Path(path_type=Path), metavar="FILE", help="Write the adversarial images (npz).")
@@ -91,6 +96,8 @@ def evaluate_command(
         ThreatModel(options["norm"], radius)
     attacks, views = split_names(attack), split_names(view)
     check_names(model, attacks, views)
+    if options["routing"] is not None:
+        options["routing"] = str(parse_routing(options["routing"]))
 
     from moebench.evaluation import EvalSpec, evaluate
 

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from moebench.commands._guard import users_code
+from moebench.commands._names import check_names
 from moebench.commands._options import (
     database_option,
     debug_option,
@@ -16,7 +18,6 @@ from moebench.commands._options import (
     settings_option,
     split_names,
 )
-from moebench.commands.evaluate import check_names, command_line, users_code
 from moebench.schema import ThreatModel, parse_eps
 
 if TYPE_CHECKING:

@@ -72,6 +72,12 @@ def _show_run(run: StoredRun) -> None:
                 f"  {result.record.attack} on {escape(result.record.view)}: warm start, {taken} samples taken over "
                 f"from eps {format_eps(source['eps'])} (result {source['fingerprint'][:16]}…)"
             )
+        before, after = result.record.losses
+        if before is not None and after is not None:
+            console.print(
+                f"  {result.record.attack} on {escape(result.record.view)}: predictions changed "
+                f"{result.record.changed_predictions:.1%}, loss {before:.3f} → {after:.3f}"
+            )
         for layer in result.record.routing:
             console.print(
                 f"  {result.record.attack} on {escape(result.record.view)}, layer {layer.name}: routes changed "
