@@ -11,6 +11,7 @@ import click
 
 from moebench import __version__
 from moebench.commands._options import debug_option
+from moebench.commands.ablation import ablation_command
 from moebench.commands.evaluate import evaluate_command
 from moebench.commands.listing import list_command
 from moebench.commands.report import report_command
@@ -33,6 +34,7 @@ for command in (
     train_command,
     transfer_command,
     universal_command,
+    ablation_command,
     list_command,
     show_command,
     report_command,

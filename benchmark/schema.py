@@ -34,6 +34,9 @@ SUITE_VERSION = "v1"
 WARM_START = "warm-start"
 """Stage and parameter of a cell that takes over the adversarial images of a smaller radius."""
 
+PROTOCOL_PREFIX = "published:"
+"""How the names of papers' own evaluation protocols begin."""
+
 NORMS: tuple[Norm, ...] = get_args(Norm)
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 """Of the search: float32; bfloat16 first and float32 on what is left; bfloat16 alone, a quick look, never ranked."""
@@ -67,6 +70,15 @@ def split_part(name: str) -> tuple[str, str | None]:
     raise UsageError(
         f"no model has a part {part!r} (in {name!r}); {hint}parts are expert[i], expert[LAYER:i], standard and robust"
     )
+
+
+def is_protocol(attack: str) -> bool:
+    """Whether an attack's name is that of a published protocol: scored by its own rule, so no evidence of ours.
+
+    Its images need not be inside the threat model and its rule may overlook successes; whatever counts, ranks or
+    compares attacks leaves it out.
+    """
+    return attack.startswith(PROTOCOL_PREFIX)
 
 
 def parse_eps(text: str) -> float:

@@ -23,7 +23,7 @@ from moebench.commands._options import (
     training_options,
 )
 from moebench.errors import RunError
-from moebench.schema import PRECISIONS, ThreatModel, check_view_name, parse_radii
+from moebench.schema import PRECISIONS, ThreatModel, check_view_name, is_protocol, parse_radii
 
 if TYPE_CHECKING:
     from moebench.evaluation import EvalSpec, PlannedCell
@@ -41,7 +41,11 @@ NUMERIC_OPTIONS = {
 @click.command("evaluate")
 @click.option("--model", required=True, metavar="NAME", help="Registered name, FILE.py:FACTORY or pkg.mod:FACTORY.")
 @click.option(
-    "--attack", default="autoattack", show_default=True, metavar="A[,B…]", help="Attacks, see `list attacks`."
+    "--attack",
+    default="autoattack",
+    show_default=True,
+    metavar="A[,B…]",
+    help="Attacks, see `list attacks`.",
 )
 @click.option("--dataset", default="digits", show_default=True, metavar="NAME", help="NAME, npz:FILE or folder:DIR.")
 @click.option("--view", default="", metavar="V[,W…]", help="Views to attack [default: those of the headline metrics].")
@@ -236,6 +240,11 @@ def _print(summary: Summary, spec: EvalSpec) -> None:
         console.print(line)
     for line in results_lines(summary.results, console.width):
         console.print(line)
+    if any(is_protocol(record.attack) for record in summary.results):
+        console.print(
+            f"published:… is scored by the paper's own rule and counts in none of the metrics above: "
+            f"moebench show {summary.run_id}"
+        )
     for flag in summary.flags:
         console.print(f"[yellow]flag[/yellow] {_plain(flag.code)}: {_plain(flag.evidence)}")
     if summary.flags:
