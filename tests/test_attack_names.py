@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moebench.attack_names import AttackName, base_name, options_of, parse_attack
@@ -16,7 +16,7 @@ from moebench.errors import UsageError
 
 
 @pytest.mark.parametrize(
-    ("text", "name", "settings"),
+    ("text", "name", "values"),
     [
         ("pgd-50", "pgd-50", {}),
         ("published:rt-er", "published:rt-er", {}),
@@ -34,9 +34,9 @@ from moebench.errors import UsageError
         ("torchattacks:MIFGSM[decay=0.5]", "torchattacks:MIFGSM[decay=0.5]", {"decay": 0.5}),
     ],
 )
-def test_what_is_read(text: str, name: str, settings: dict[str, object]) -> None:
+def test_what_is_read(text: str, name: str, values: dict[str, object]) -> None:
     asked = parse_attack(text)
-    assert (str(asked), dict(asked.settings)) == (name, settings)
+    assert (str(asked), dict(asked.settings)) == (name, values)
     assert parse_attack(str(asked)) == asked
     assert load_attack(text).name == name
 
@@ -74,6 +74,7 @@ def test_what_is_refused(text: str, words: str) -> None:
     assert words in str(refused.value) and "\n" not in str(refused.value)
 
 
+@settings(max_examples=30, deadline=None)
 @given(st.text(max_size=30))
 def test_any_text_is_read_or_refused(text: str) -> None:
     for base in ("pgd-50", "published:rt-er"):
@@ -86,8 +87,8 @@ def test_any_text_is_read_or_refused(text: str) -> None:
 def test_the_settings_of_a_name_are_those_of_the_attack() -> None:
     for name in (*list_attacks(), *list_protocols()):
         entry = load_attack(name)
-        settings = {key: option.default for key, option in options_of(name).items()}
-        assert load_attack(name, **settings).parameters() == entry.parameters(), name
+        values = {key: option.default for key, option in options_of(name).items()}
+        assert load_attack(name, **values).parameters() == entry.parameters(), name
         assert str(AttackName(name, {})) == base_name(f"{name}[x=1]") == name
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -221,13 +222,20 @@ def test_protocols_are_on_no_board_and_in_no_mark() -> None:
 
 
 def test_trust_compares_attacks_only() -> None:
-    store, who, on = FakeStore(), model("st-moe"), protocol(n=200)
-    store.add(who, "pgd-50", first_broken(200, 20), on=on)
-    weak = [store.add(who, f"published:{name}", first_broken(200, 200), on=on) for name in ("rt-er", "v-moe")]
-    weak.append(store.add(who, "smooth-pgd-50[step_fraction=0.9]", first_broken(200, 200), on=on))
-    assert passive_flags((one, store.evidence[one.result_id]) for one in store.stored) == []
-    store.add(who, "smooth-pgd-50", first_broken(200, 200), on=on)
-    assert passive_flags((one, store.evidence[one.result_id]) for one in store.stored) != []
+    on, made = protocol(n=200), []
+
+    def flags(attack: str, broken: int) -> list[str]:
+        """What is said once an attack that is made like pgd-50 has broken the first samples."""
+        store = FakeStore()
+        one = store.add(model("st-moe"), attack, first_broken(200, broken), on=on)
+        parameters = {"pgd": {"steps": 50, "step_fraction": 0.25, "random_start": True}}
+        made.append((replace(one, cell=replace(one.cell, parameters=parameters)), store.evidence[1]))
+        return [flag.code for flag in passive_flags(made)]
+
+    assert flags("pgd-50", 20) == []
+    assert flags("published:rt-er", 200) == flags("published:v-moe[clip=on]", 200) == []
+    assert flags("smooth-pgd-50[step_fraction=0.9]", 200) == []
+    assert flags("smooth-pgd-50", 200) == ["adaptive-wins"]
 
 
 def test_settings_get_no_column() -> None:
