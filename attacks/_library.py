@@ -199,8 +199,17 @@ def library_plan(name: str, **changes: Any) -> AttackPlan:
     for key in changes:
         if key not in free:
             raise UsageError(f"attack {name!r} has no setting {key!r}; it has {', '.join(free) or 'none'}")
+        _check_kind(name, key, changes[key], known[key].default)
     stage = LibraryAttack(kind, tuple(sorted(changes.items())))
     return AttackPlan(name, f"{kind} of torchattacks", (stage,), paper=KIM_2020)
+
+
+def _check_kind(name: str, key: str, value: Any, default: Any) -> None:
+    """Refuses a value that is of another kind than the class's default."""
+    fitting = (int, float) if isinstance(default, float) else type(default)
+    if default is None or (isinstance(value, fitting) and isinstance(value, bool) == isinstance(default, bool)):
+        return
+    raise UsageError(f"setting {key!r} of attack {name!r} takes a value like {default!r}, got {value!r}")
 
 
 def bind_library(

@@ -95,7 +95,7 @@ class APGD(Attack):
 
     @override
     def start(self, rows: Rows, oracle: Oracle) -> APGDState:
-        x = start_on_sphere(rows, oracle.threat)
+        x = self.first(rows, oracle.threat)
         _, loss, gradient = oracle.gradient(x, rows, self._loss())
         size, device = len(rows), x.device
         return APGDState(
@@ -113,6 +113,10 @@ class APGD(Attack):
             halved=torch.ones(size, dtype=torch.bool, device=device),
             loss_max_checkpoint=loss.clone(),
         )
+
+    def first(self, rows: Rows, threat: ThreatModel) -> Tensor:
+        """The starting points, (R, C, H, W)."""
+        return start_on_sphere(rows, threat)
 
     @override
     def step(self, state: APGDState, rows: Rows, oracle: Oracle) -> Tensor:

@@ -15,6 +15,7 @@ from moebench.attacks._base import Attack, AttackPlan
 from moebench.attacks._engine import Engine, Finished, Samples
 from moebench.attacks._library import LibraryAttack
 from moebench.attacks._passes import Expectation, batches
+from moebench.attacks._protocol import Protocol, run_protocol
 from moebench.attacks._reference import run_reference
 from moebench.attacks._training import TrainedAttack
 from moebench.attacks._views import make_view
@@ -84,6 +85,9 @@ def run_cell(work: CellWork, store: Store | None, run_id: str, *, resume: bool) 
     Returns: the aggregate and the outcome per sample.
     """
     runner = _CellRunner(work, store, run_id, resume)
+    if isinstance(work.plan.stages[0], Protocol):
+        runner.run_protocol(work.plan.stages[0])
+        return runner.finish()
     if not runner.has("clean"):
         runner.commit_clean()
     if work.found is not None and not runner.has(WARM_START):
@@ -194,6 +198,31 @@ class _CellRunner:
             run_reference(stage, self.engine, index, sink)
         else:
             self.engine.run_stage(stage, index, sink, search=search)
+
+    def run_protocol(self, protocol: Protocol) -> None:
+        """Scores all samples by the rule of a published protocol, those that are wrong without an attack as well."""
+        work, name = self.work, protocol.stage
+        decided = self.done.get(name)
+        todo = torch.ones_like(self.outcome.broken) if decided is None else ~decided
+        index, total = todo.nonzero().squeeze(1), len(self.outcome.broken)
+
+        def sink(finished: Finished) -> None:
+            self._keep(name, finished)
+            work.tell(name, int(self.done[name].sum()), total, int((self.done[name] & ~self.outcome.broken).sum()))
+
+        work.tell(name, total - len(index), total, total)
+        run_protocol(
+            protocol,
+            work.model,
+            work.samples,
+            work.threat,
+            index,
+            sink,
+            batch_size=work.batch_size,
+            seed=work.cell.seed,
+        )
+        # What the rule calls right is predicted as its label, also where the clean prediction is wrong.
+        self.outcome.adv_pred = torch.where(self.outcome.broken, self.outcome.adv_pred, work.samples.y)
 
     def _fitted(self, stage: TrainedAttack, index: Tensor) -> TrainedAttack:
         """The stage fitted on the training data; what that cost is committed as a stage of its own.

@@ -11,6 +11,7 @@ import click
 
 from moebench import __version__
 from moebench.commands._options import debug_option
+from moebench.commands.ablation import ablation_command
 from moebench.commands.certify import certify_command
 from moebench.commands.evaluate import evaluate_command
 from moebench.commands.experts import experts_command
@@ -37,6 +38,7 @@ for command in (
     universal_command,
     certify_command,
     experts_command,
+    ablation_command,
     list_command,
     show_command,
     report_command,

@@ -41,6 +41,7 @@ from moebench.schema import (
     ResultRecord,
     RunStart,
     ThreatModel,
+    is_protocol,
 )
 from moebench.store import Store
 from moebench.summary import Summary, summarise
@@ -150,7 +151,7 @@ def parse_attacks(names: Sequence[str]) -> list[AttackPlan]:
     """The plans of the named attacks, each once, in the given order."""
     if not names:
         raise UsageError("no attack given; `moebench list attacks` shows all")
-    return [load_attack(name) for name in dict.fromkeys(names)]
+    return list({plan.name: plan for plan in map(load_attack, names)}.values())
 
 
 def prepare(spec: EvalSpec, plans: Sequence[AttackPlan]) -> Prepared:
@@ -158,6 +159,7 @@ def prepare(spec: EvalSpec, plans: Sequence[AttackPlan]) -> Prepared:
     _check_numbers(spec)
     dataset = load_dataset(spec.dataset, n=spec.n)
     threat = dataset.default_threat(spec.norm) if spec.eps is None else ThreatModel(spec.norm, spec.eps)
+    _check_protocols(spec, plans)
     training = load_training(plans, dataset, spec.train_data, spec.train_n)
     torch.manual_seed(spec.seed)
     loaded = load(
@@ -196,6 +198,23 @@ def _check_numbers(spec: EvalSpec) -> None:
     for option, used in own.items():
         if used and spec.engine != "native":
             raise UsageError(f"{option} belongs to our engine; leave out --engine {spec.engine}")
+
+
+def _check_protocols(spec: EvalSpec, plans: Sequence[AttackPlan]) -> None:
+    """Refuses what makes no sense of a published protocol, which decides everything about its passes itself."""
+    protocols = [plan.name for plan in plans if is_protocol(plan.name)]
+    if not protocols:
+        return
+    own = {
+        "--norm L2": spec.norm != "Linf",
+        f"--engine {spec.engine}": spec.engine != "native",
+        f"--precision {spec.precision}": spec.precision != "float32",
+        "--eot": spec.draws > 1,
+        "--save-adv": spec.save_adv is not None,
+    }
+    for option, used in own.items():
+        if used:
+            raise UsageError(f"{protocols[0]!r} is a protocol with a rule of its own, for Linf; leave out {option}")
 
 
 def fit_plan(
@@ -305,22 +324,23 @@ def run(prepared: Prepared, store: Store, listener: Listener | None, warm: WarmS
         for number, (plan, cell) in enumerate(prepared.cells, start=1):
             stored = None if spec.fresh else store.reusable(cell.fingerprint)
             work = cell_work(prepared, plan, cell, number, listener)
-            if warm is not None:
-                work = warm.given(work)
+            chain = None if is_protocol(cell.attack) else warm
+            if chain is not None:
+                work = chain.given(work)
             if stored is not None:
                 store.link_reused(run_id, stored.result_id)
                 records.append(stored.record)
                 reused += 1
-                if warm is not None:
-                    warm.note_stored(work, store.outcomes(stored.result_id))
+                if chain is not None:
+                    chain.note_stored(work, store.outcomes(stored.result_id))
                 if spec.save_adv is not None:
                     outcomes.append(run_cell(work, None, run_id, resume=False)[1])
                 continue
             record, outcome = run_cell(work, store, run_id, resume=not spec.fresh and spec.save_adv is None)
             records.append(record)
             outcomes.append(outcome)
-            if warm is not None:
-                warm.note(work, outcome)
+            if chain is not None:
+                chain.note(work, outcome)
         if spec.save_adv is not None:
             save_adversarial(spec.save_adv, prepared, outcomes)
         probed = active_flags(
@@ -445,7 +465,9 @@ def planned_cells(prepared: Prepared) -> list[PlannedCell]:
         forwards += WARM_START in cell.parameters
         there = cell.fingerprint in stored
         more = fit_budget(plan, prepared.training)
-        passes = correct * forwards + more[0], correct * backwards + more[1]
+        # A protocol attacks what is wrong already, too.
+        rows = len(prepared.samples) if is_protocol(plan.name) else correct
+        passes = rows * forwards + more[0], rows * backwards + more[1]
         planned.append(PlannedCell(plan.name, cell.view, len(prepared.samples), *passes, there))
     return planned
 

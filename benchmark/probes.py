@@ -21,7 +21,7 @@ from moebench.attacks._projections import ascend, l2_norm, project, random_start
 from moebench.attacks._random import sample_keys
 from moebench.flags import EPS_DOES_NOT_HELP, STANDS_EVERYWHERE, STEPS_DO_NOT_HELP, ZERO_GRADIENTS
 from moebench.metrics import worst_case
-from moebench.schema import Flag, Outcomes, ThreatModel, format_eps
+from moebench.schema import Flag, Outcomes, ThreatModel, format_eps, is_protocol
 from moebench.store import Store
 from moebench.trust import ALPHA, at_least
 
@@ -72,9 +72,9 @@ def active_flags(prepared: Prepared, store: Store, *, run_fingerprint: str, all_
     for earlier in store.twin_runs(run_fingerprint) if all_reused else ():
         if earlier.environment.get("probes") == VERSION:
             return [flag for flag in earlier.flags if flag.code in CODES]
-    stands = worst_case(_outcomes(prepared, store))
-    standing = torch.from_numpy(stands).to(prepared.samples.x.device)
     right = prepared.clean_pred == prepared.samples.y
+    found = _outcomes(prepared, store)
+    standing = torch.from_numpy(worst_case(found)).to(right.device) if found else right
     return probe(
         prepared.loaded.module,
         prepared.samples,
@@ -89,7 +89,7 @@ def active_flags(prepared: Prepared, store: Store, *, run_fingerprint: str, all_
 
 def _outcomes(prepared: Prepared, store: Store) -> list[Outcomes]:
     """Outcomes of the run's cells on the whole model, or of all its cells where none is on the whole."""
-    cells = [cell for _, cell in prepared.cells]
+    cells = [cell for _, cell in prepared.cells if not is_protocol(cell.attack)]
     chosen = [cell for cell in cells if cell.view == "whole"] or cells
     found = [store.reusable(cell.fingerprint) for cell in chosen]
     return [store.outcomes(one.result_id) for one in found if one is not None]

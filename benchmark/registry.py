@@ -27,8 +27,16 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
+class Option:
+    """A keyword-only argument of a declared function: its default, and the values that its `Literal` type lists."""
+
+    default: Any
+    choices: tuple[Any, ...] = ()
+
+
+@dataclass(frozen=True)
 class Declaration:
-    """Where a name is declared, and the literal keyword arguments of its decorator.
+    """Where a name is declared, the literal keyword arguments of its decorator, and the options of its function.
 
     `definition` is the function or class that the decorator stands on; names that share one are variants of one thing.
     """
@@ -38,6 +46,7 @@ class Declaration:
     origin: str
     facts: Mapping[str, Any] = field(default_factory=dict)
     definition: str | None = None
+    options: Mapping[str, Option] = field(default_factory=dict)
 
     @property
     def pattern(self) -> str | None:
@@ -103,6 +112,11 @@ class Registry(Generic[T]):
     def declarations(self) -> list[Declaration]:
         """All names with what their source says of them."""
         return list(self._declarations().values())
+
+    def declaration(self, name: str) -> Declaration | None:
+        """What the source says of a name, or of the family that it belongs to; None for an unknown name."""
+        declared = self._declarations().get(name)
+        return declared if declared is not None else self._family(name)
 
     def families(self) -> list[Declaration]:
         """The families of names, such as "pgd-N"."""
@@ -210,7 +224,24 @@ def scan(path: Path, module: str, decorator: str) -> Iterator[Declaration]:
             facts = {
                 word.arg: ast.literal_eval(word.value) for word in call.keywords if word.arg and _literal(word.value)
             }
-            yield Declaration(name, module, f"{path.name}:{call.lineno}", facts, getattr(node, "name", None))
+            yield Declaration(
+                name, module, f"{path.name}:{call.lineno}", facts, getattr(node, "name", None), _options(node)
+            )
+
+
+def _options(node: ast.AST) -> dict[str, Option]:
+    """The keyword-only arguments of a function that have a literal default."""
+    if not isinstance(node, ast.FunctionDef):
+        return {}
+    found = {}
+    for argument, default in zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True):
+        if default is not None and _literal(default):
+            kind, choices = argument.annotation, ()
+            if isinstance(kind, ast.Subscript) and isinstance(kind.value, ast.Name) and kind.value.id == "Literal":
+                listed = kind.slice.elts if isinstance(kind.slice, ast.Tuple) else [kind.slice]
+                choices = tuple(ast.literal_eval(item) for item in listed if _literal(item))
+            found[argument.arg] = Option(ast.literal_eval(default), choices)
+    return found
 
 
 def _inside(name: str, package: str) -> bool:

@@ -36,6 +36,8 @@ WARM_START = "warm-start"
 
 LOSSES = ("loss", "loss_attacked")
 """Facts of the stage `clean`: the mean cross-entropy of all samples on their clean images, and on those of the end."""
+PROTOCOL_PREFIX = "published:"
+"""How the names of papers' own evaluation protocols begin."""
 
 NORMS: tuple[Norm, ...] = get_args(Norm)
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
@@ -70,6 +72,15 @@ def split_part(name: str) -> tuple[str, str | None]:
     raise UsageError(
         f"no model has a part {part!r} (in {name!r}); {hint}parts are expert[i], expert[LAYER:i], standard and robust"
     )
+
+
+def is_protocol(attack: str) -> bool:
+    """Whether an attack's name is that of a published protocol: scored by its own rule, so no evidence of ours.
+
+    Its images need not be inside the threat model and its rule may overlook successes; whatever counts, ranks or
+    compares attacks leaves it out.
+    """
+    return attack.startswith(PROTOCOL_PREFIX)
 
 
 def parse_eps(text: str) -> float:

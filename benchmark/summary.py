@@ -19,6 +19,7 @@ from moebench.schema import (
     ProtocolRecord,
     ResultRecord,
     StoredResult,
+    is_protocol,
 )
 from moebench.store import Store
 from moebench.trust import passive_flags
@@ -35,7 +36,8 @@ class Summary:
     """What one command measured. Accuracies are fractions, None where they do not apply or were not measured.
 
     `ra`, `ra_e`, … are the share of samples that none of the command's attacks on that view breaks; `ra_worst` the
-    share that no attack recorded for these weights and this protocol breaks, on any view.
+    share that no attack recorded for these weights and this protocol breaks, on any view. Published protocols are
+    scored by their own rules and count in none of these; `ra_worst` is None where nothing else is recorded.
     """
 
     run_id: str
@@ -47,7 +49,7 @@ class Summary:
     seconds: float
     sa: float
     headlines: dict[str, float | None]
-    ra_worst: float
+    ra_worst: float | None
     flags: tuple[Flag, ...]
     results: tuple[ResultRecord, ...]
     reused: int
@@ -100,12 +102,11 @@ def summarise(
     """Headline metrics from the per-sample outcomes in the store; `seen` are the flags of checks and probes."""
     stored, elsewhere = comparable(store, prepared)
     outcomes = {result.cell.fingerprint: store.outcomes(result.result_id) for result in stored}
-    wanted = [cell for _, cell in prepared.cells]
+    wanted = [cell for _, cell in prepared.cells if not is_protocol(cell.attack)]
     by_view: dict[str, list[Outcomes]] = {}
     for cell in wanted:
         by_view.setdefault(cell.view, []).append(outcomes[cell.fingerprint])
     headlines = {name: _share(by_view.get(view)) for name, view in HEADLINES.items()}
-    worst = worst_case(list(outcomes.values()))
     passive = passive_flags(
         [(result, outcomes[result.cell.fingerprint]) for result in stored],
         [(result, store.outcomes(result.result_id)) for result in elsewhere],
@@ -120,7 +121,7 @@ def summarise(
         seconds=seconds,
         sa=records[0].clean_accuracy,
         headlines=headlines,
-        ra_worst=float(np.mean(worst)),
+        ra_worst=_share(list(outcomes.values())),
         flags=(*overstated(by_view), *passive, *seen),
         results=tuple(records),
         reused=reused,
@@ -141,6 +142,8 @@ def comparable(store: Store, prepared: Prepared) -> tuple[list[StoredResult], li
     here, elsewhere = [], []
     for result in store.results(model=loaded.record.name, checkpoint_sha=loaded.checkpoint.sha256):
         if (_measured_on(result.protocol), result.environment.get("code", loaded.code)) != wanted:
+            continue
+        if is_protocol(result.cell.attack):
             continue
         if result.protocol.threat == protocol.threat:
             here.append(result)

@@ -22,7 +22,7 @@ from moebench.evaluation import (
     prepare,
     run,
 )
-from moebench.schema import SUITE_VERSION, WARM_START, CellSpec, ResultRecord, ThreatModel, format_eps
+from moebench.schema import SUITE_VERSION, WARM_START, CellSpec, ResultRecord, ThreatModel, format_eps, is_protocol
 from moebench.store import Store
 from moebench.summary import Summary
 from moebench.warm import WarmStarts, warm_started
@@ -137,7 +137,10 @@ def prepare_levels(
         cells = plan_cells(own, plans, smaller.loaded, protocol)
         if not cold and spec.engine == "native":
             pairs = zip(cells, smaller.cells, strict=True)
-            cells = tuple((plan, warm_started(cell, known, smaller.threat.eps)) for (plan, cell), (_, known) in pairs)
+            cells = tuple(
+                (plan, cell if is_protocol(plan.name) else warm_started(cell, known, smaller.threat.eps))
+                for (plan, cell), (_, known) in pairs
+            )
         levels.append(replace(smaller, spec=own, threat=threat, protocol=protocol, cells=cells))
     return levels
 

@@ -31,7 +31,7 @@ from moebench.errors import UsageError
 from moebench.evaluation import EvalSpec, Listener, Prepared, Progress, fit_plan, plan_cells, prepare, run
 from moebench.example_cache import keep_examples, read_examples
 from moebench.metrics import wilson
-from moebench.schema import PROTOCOL_VERSION, SUITE_VERSION, BoolArray, Norm, ResultRecord
+from moebench.schema import PROTOCOL_VERSION, SUITE_VERSION, BoolArray, Norm, ResultRecord, is_protocol
 from moebench.store import Store
 from moebench.summary import Summary
 from moebench.threat import within
@@ -256,7 +256,9 @@ def source_plan(name: str) -> AttackPlan:
     """
     plan = load_attack(name)
     why = None
-    if len(plan.stages) > 1:
+    if is_protocol(plan.name):
+        why = "it is a published protocol, whose images need not be valid"
+    elif len(plan.stages) > 1:
         why = f"it runs {len(plan.stages)} attacks one after the other on what still stands"
     elif isinstance(plan.stages[0], FAB):
         why = "it looks for the nearest boundary of its model, not for a high loss"

@@ -16,7 +16,7 @@ from scipy.stats import binom, binomtest  # type: ignore[import-untyped]
 
 from moebench.flags import ADAPTIVE_WINS, BLACK_BOX_WINS, FEWER_STEPS_WIN, SMALLER_EPS_WINS
 from moebench.metrics import CONFIDENCE, wilson, worst_case
-from moebench.schema import BoolArray, Flag, Outcomes, StoredResult, format_eps
+from moebench.schema import BoolArray, Flag, Outcomes, StoredResult, format_eps, is_protocol
 
 ALPHA = 0.01
 """Largest false-alarm rate of a flag, over all the comparisons that can raise it (Bonferroni)."""
@@ -149,8 +149,8 @@ def passive_flags(
         elsewhere: cells of the same weights, samples and norm at other radii.
     Returns: at most one flag per code, with the clearest of its comparisons as evidence.
     """
-    cells = [Cell(*one) for one in results]
-    others = [Cell(*one) for one in elsewhere]
+    cells = [Cell(*one) for one in results if _standard(one[0])]
+    others = [Cell(*one) for one in elsewhere if _standard(one[0])]
     found = []
     for code, duels in (
         (BLACK_BOX_WINS, [*_inside_attacks(cells), *_black_box_attacks(cells)]),
@@ -162,6 +162,14 @@ def passive_flags(
         if best is not None and best.p * len(duels) <= ALPHA:
             found.append(Flag(code, best.evidence()))
     return found
+
+
+def _standard(stored: StoredResult) -> bool:
+    """Whether an attack is one that the tests below were made for.
+
+    Published protocols are no attacks, and one with settings of its own may be as weak as its user likes.
+    """
+    return not is_protocol(stored.cell.attack) and "[" not in stored.cell.attack
 
 
 def _inside_attacks(cells: Sequence[Cell]) -> Iterator[Duel]:

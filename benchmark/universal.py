@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from moebench.attacks._base import ATTACKS, AttackPlan
+from moebench.attacks import AttackPlan, load_attack
 from moebench.attacks._training import TrainedAttack
 from moebench.attacks.universal import OneDelta, UniversalFile
 from moebench.delta_file import (
@@ -174,7 +174,7 @@ def _plan(spec: UniversalSpec, file: DeltaFile | None) -> AttackPlan:
         stage = UniversalFile(file.sha256, file.facts, torch.from_numpy(file.delta))
         return AttackPlan(FILE_ATTACK, "a δ from a file", (stage,), ("whole",))
     (name,) = spec.evaluation.attacks
-    plan = ATTACKS.get(name).plan()
+    plan = load_attack(name)
     if len(plan.stages) != 1 or not isinstance(plan.stages[0], TrainedAttack):
         raise UsageError(f"attack {name!r} makes no universal perturbation; take universal-pgd, or `moebench evaluate`")
     return plan

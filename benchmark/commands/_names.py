@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from moebench.attack_names import parse_attack
 from moebench.errors import UsageError
-from moebench.registry import check_attack_name, model_registry
+from moebench.registry import model_registry
 from moebench.schema import check_view_name, split_part
 
 
@@ -25,10 +26,10 @@ def check_attack_names(names: Iterable[str]) -> None:
     """Refuses attacks that do not exist.
 
     Raises:
-        UsageError: unknown name.
+        UsageError: unknown name, or settings that the attack does not have.
     """
     for name in names:
-        check_attack_name(name)
+        parse_attack(name)
 
 
 def check_names(model: str, attacks: tuple[str, ...], views: tuple[str, ...]) -> None:

@@ -77,5 +77,12 @@ def training_options(function: Decorated) -> Decorated:
 
 
 def split_names(text: str) -> tuple[str, ...]:
-    """The parts of a comma-separated list, blanks removed."""
-    return tuple(part.strip() for part in text.split(",") if part.strip())
+    """The parts of a comma-separated list, blanks removed; commas inside brackets belong to a name's settings."""
+    parts, depth = [""], 0
+    for char in text:
+        depth = max(0, depth + (char == "[") - (char == "]"))
+        if char == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += char
+    return tuple(part.strip() for part in parts if part.strip())

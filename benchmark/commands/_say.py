@@ -9,7 +9,7 @@ import click
 from rich.markup import escape
 
 from moebench.commands._tables import curve_lines, headline_lines, interval, results_lines, standard_output
-from moebench.schema import ThreatModel, format_eps
+from moebench.schema import ThreatModel, format_eps, is_protocol
 
 if TYPE_CHECKING:
     from moebench.evaluation import EvalSpec, PlannedCell
@@ -47,6 +47,11 @@ def print_summary(summary: Summary, spec: EvalSpec) -> None:
         console.print(line)
     for line in results_lines(summary.results, console.width):
         console.print(line)
+    if any(is_protocol(record.attack) for record in summary.results):
+        console.print(
+            f"published:… is scored by the paper's own rule and counts in none of the metrics above: "
+            f"moebench show {summary.run_id}"
+        )
     for flag in summary.flags:
         console.print(f"[yellow]flag[/yellow] {escape(flag.code)}: {escape(flag.evidence)}")
     if summary.flags:

@@ -27,6 +27,10 @@ def percent(value: float) -> str:
     return f"{100 * value:.2f}"
 
 
+def _or_dash(value: float | None) -> str:
+    return "–" if value is None else percent(value)
+
+
 def interval(value: float, n: int) -> str:
     """A share in percent with its 95 % Wilson interval."""
     low, high = wilson(round(value * n), n)
@@ -43,7 +47,8 @@ def headline_lines(summary: Summary) -> Iterable[str]:
             missing.append(label)
         else:
             yield f"  {label:9} {interval(value, summary.n)}"
-    yield f"  {'RA-worst':9} {interval(summary.ra_worst, summary.n)}   (every attack stored for these weights)"
+    if summary.ra_worst is not None:
+        yield f"  {'RA-worst':9} {interval(summary.ra_worst, summary.n)}   (every attack stored for these weights)"
     if missing:
         yield f"  [dim]not applicable or not attacked here: {', '.join(missing)}[/dim]"
 
@@ -72,7 +77,7 @@ def curve_lines(sweep: Sweep, width: int) -> list[str]:
     """A line per attack and view with a column per radius, the worst case last; in blocks where `width` is short."""
     heads = [format_eps(summary.eps) for summary in sweep.summaries]
     rows = [(*key, *(percent(one.accuracy) for one in records)) for key, records in sweep.curves.items()]
-    rows.append(("RA-worst", "all stored", *(percent(summary.ra_worst) for summary in sweep.summaries)))
+    rows.append(("RA-worst", "all stored", *map(_or_dash, (one.ra_worst for one in sweep.summaries))))
     table = [("attack", "view", *heads), *rows]
     widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
     lines: list[str] = []

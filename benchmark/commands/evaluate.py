@@ -37,7 +37,11 @@ NUMERIC_OPTIONS = {
 @click.command("evaluate")
 @click.option("--model", required=True, metavar="NAME", help="Registered name, FILE.py:FACTORY or pkg.mod:FACTORY.")
 @click.option(
-    "--attack", default="autoattack", show_default=True, metavar="A[,B…]", help="Attacks, see `list attacks`."
+    "--attack",
+    default="autoattack",
+    show_default=True,
+    metavar="A[,B…]",
+    help="Attacks, see `list attacks`.",
 )
 @click.option("--dataset", default="digits", show_default=True, metavar="NAME", help="NAME, npz:FILE or folder:DIR.")
 @click.option("--view", default="", metavar="V[,W…]", help="Views to attack [default: those of the headline metrics].")

@@ -18,6 +18,7 @@ from moebench.commands._options import (
     settings_option,
     split_names,
 )
+from moebench.commands.evaluate import command_line
 from moebench.schema import ThreatModel, parse_eps
 
 if TYPE_CHECKING:

@@ -35,6 +35,7 @@ def list_command(what: str) -> None:
         kind = f"{facts['family']:9}" if "family" in facts else ""
         click.echo(f"{_shown(declaration):{width}}  {kind}{facts.get('summary', '')}".rstrip())
     if what == "attacks":
+        click.echo("NAME[KEY=VALUE,…] changes settings, such as apgd-ce[steps=20]; a wrong one is answered with all")
         click.echo(f"suite {SUITE_VERSION}, protocol {PROTOCOL_VERSION}")
     if what == "recipes":
         click.echo("These fit any model; `moebench show MODEL` names those of its own kind as well.")

@@ -9,22 +9,27 @@ import click
 from moebench.commands._options import database_option, debug_option
 from moebench.errors import UsageError
 from moebench.flags import meaning
+from moebench.published import describe, explain
 from moebench.registry import model_registry
-from moebench.schema import WARM_START, format_eps
+from moebench.schema import WARM_START, format_eps, is_protocol
 
 if TYPE_CHECKING:
     from moebench.schema import StoredRun
 
 
 @click.command("show")
-@click.argument("what", metavar="MODEL|RUN")
+@click.argument("what", metavar="MODEL|PROTOCOL|RUN")
 @database_option
 @debug_option
 def show_command(what: str, db: str | None) -> None:
-    """Show the card of a model, or a stored run.
+    """Show the card of a model or of a published protocol, or a stored run.
 
-    A card holds paper, architecture, recipe, weights and claims; a run is named by the start of its id.
+    A model's card holds paper, architecture, recipe, weights and claims, a protocol's its rule and its switches.
+    A run is named by the start of its id.
     """
+    if is_protocol(what):
+        click.echo("\n".join(describe(what)))
+        return
     if what in model_registry():
         from moebench.cards import model_card
 
@@ -78,6 +83,8 @@ def _show_run(run: StoredRun) -> None:
                 f"  {result.record.attack} on {escape(result.record.view)}: predictions changed "
                 f"{result.record.changed_predictions:.1%}, loss {before:.3f} → {after:.3f}"
             )
+        for line in explain(result.cell.attack, result.cell.parameters):
+            console.print(f"  {escape(result.cell.attack)}: {escape(line)}")
         for layer in result.record.routing:
             console.print(
                 f"  {result.record.attack} on {escape(result.record.view)}, layer {layer.name}: routes changed "

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
+from moebench.attack_names import base_name
 from moebench.commands._guard import users_code
 from moebench.commands._names import check_names
 from moebench.commands._options import (
@@ -108,7 +109,8 @@ def _check_attack(name: str) -> None:
     """Other attacks are refused before torch is imported; what a plug-in declares is looked at later."""
     declared = {one.name: one.module for one in attack_registry().declarations()}
     makers = [attack for attack, module in declared.items() if module == "moebench.attacks.universal"]
-    if name not in makers and declared[name].startswith("moebench.attacks."):
+    base = base_name(name)
+    if base not in makers and declared.get(base, "moebench.attacks.").startswith("moebench.attacks."):
         raise UsageError(
             f"attack {name!r} makes one perturbation per image; universal takes {' or '.join(makers)} "
             "(`moebench evaluate` takes every attack)"

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from moebench.metrics import Measure, from_accuracy
 from moebench.report.evidence import STEPS, is_warm, newest, result_key
 from moebench.report.exports import safe
-from moebench.schema import WARM_START, StoredResult
+from moebench.schema import WARM_START, StoredResult, is_protocol
 
 Axis = Literal["eps", "steps"]
 
@@ -45,7 +45,8 @@ def steps_of(stored: StoredResult) -> int | None:
 def curves(results: Iterable[StoredResult]) -> list[Curve]:
     """All curves that the results make, in a fixed order; a single point is no curve."""
     groups: dict[tuple[Any, ...], list[StoredResult]] = {}
-    for stored in sorted(results, key=result_key):
+    attacks = (one for one in results if not is_protocol(one.cell.attack))
+    for stored in sorted(attacks, key=result_key):
         groups.setdefault(_setting(stored), []).append(stored)
     found: list[Curve] = []
     for group in groups.values():

@@ -17,6 +17,7 @@ from moebench.schema import (
     ProtocolRecord,
     StoredResult,
     StoredRun,
+    is_protocol,
 )
 
 WHOLE = "whole"
@@ -129,13 +130,13 @@ def attack_key(attack: str) -> tuple[int, str, int, str]:
 
 
 def has_column(attack: str) -> bool:
-    """Whether an attack gets a column of a leaderboard: PGD of any other length than the usual ones is for curves."""
-    return attack in ATTACK_ORDER or STEPS.fullmatch(attack) is None
+    """Whether an attack gets a column of a leaderboard: PGD of other lengths is for curves, settings are for pages."""
+    return attack in ATTACK_ORDER or (STEPS.fullmatch(attack) is None and "[" not in attack)
 
 
 def eligible(stored: StoredResult) -> bool:
-    """Whether a result may enter a table: other engines and quick looks are shown on model pages only."""
-    return stored.cell.engine == ENGINE and stored.cell.precision != QUICK_LOOK
+    """Whether a result may enter a table: other engines, quick looks and protocols are shown on model pages only."""
+    return stored.cell.engine == ENGINE and stored.cell.precision != QUICK_LOOK and not is_protocol(stored.cell.attack)
 
 
 def is_whole(model: ModelRecord) -> bool:

@@ -23,8 +23,18 @@ from moebench.report.evidence import (
     result_key,
 )
 from moebench.report.missed import Missed, missed
+from moebench.report.protocols import ProtocolRow, protocol_rows
 from moebench.report.text import digest, percent, slug
-from moebench.schema import OVERSTATED_RA, CheckpointRecord, Claim, ModelRecord, ProtocolRecord, StoredResult, StoredRun
+from moebench.schema import (
+    OVERSTATED_RA,
+    CheckpointRecord,
+    Claim,
+    ModelRecord,
+    ProtocolRecord,
+    StoredResult,
+    StoredRun,
+    is_protocol,
+)
 from moebench.trust import passive_flags
 
 RANKING_ATTACK = "autoattack"
@@ -131,6 +141,7 @@ class ModelPage:
     results: tuple[ResultRow, ...]
     commands: tuple[str, ...]
     failed: tuple[StoredRun, ...]
+    protocols: tuple[ProtocolRow, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -150,6 +161,8 @@ def build(store: ReadableStore) -> Report:
     evidence = [Evidence(stored, store.outcomes(stored.result_id)) for stored in results]
     groups: dict[tuple[Any, ...], list[Evidence]] = {}
     for one in evidence:
+        if is_protocol(one.attack):
+            continue
         groups.setdefault(group_key(one.stored.protocol), []).append(one)
     boards = _arranged({key: _board(groups[key], claims, runs) for key in sorted(groups)}, groups)
     models = sorted({one.stored.model.name for one in evidence} | {run.model.name for run in runs})
@@ -366,9 +379,10 @@ def _page(
         checkpoints=tuple(checkpoints[sha] for sha in sorted(checkpoints)),
         standings=tuple((board, row) for board in boards for row in board.rows if row.model.name == name),
         claims=tuple(compare(claim, own) for claim in claims if claim.registry_name == name),
-        results=tuple(_result_row(one, commands) for one in own),
+        results=tuple(_result_row(one, commands) for one in own if not is_protocol(one.attack)),
         commands=commands,
         failed=tuple(run for run in own_runs if run.status == "failed"),
+        protocols=protocol_rows(own, claims, commands),
     )
 
 
