@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from statistics import mode
 from typing import Any
 
 from moebench.claims import load_claims
@@ -134,12 +135,12 @@ def _claims(card: ProtocolCard, models: Sequence[str]) -> AblationRow:
 
 
 def _claimed(claims: Sequence[Claim]) -> str:
-    """The published numbers of a model by data set, in percent as published."""
+    """The published number of a model by data set, in percent as published: the one that the paper repeats most."""
     by_data: dict[str, list[float]] = {}
     for claim in claims:
         by_data.setdefault(claim.dataset, []).append(claim.value)
     spans = []
     for dataset, values in by_data.items():
-        low, high = f"{min(values):g}", f"{max(values):g}"
-        spans.append(f"{low if low == high else f'{low}–{high}'} ({dataset})")
+        span = "" if len(set(values)) == 1 else f", {min(values):g}–{max(values):g} over its variants"
+        spans.append(f"{mode(values):g} ({dataset}{span})")
     return ", ".join(spans) or "—"
