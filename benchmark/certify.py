@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -86,12 +86,10 @@ def certify(spec: EvalSpec, *, points: int = 8, listener: Listener | None = None
     plans = parse_attacks(spec.attacks)
     if len(plans) != 1:
         raise UsageError(f"certify takes one attack, got {len(plans)}")
-    prepared = prepare(spec, plans)
-    outcomes = [
-        run_cell(cell_work(prepared, plan, cell, number, listener), None, "", resume=False)[1]
-        for number, (plan, cell) in enumerate(prepared.cells, start=1)
-    ]
-    return _measured(prepared, outcomes[0].x_adv, outcomes[0].broken, points)
+    prepared = prepare(replace(spec, views=("whole",)), plans)
+    plan, cell = prepared.cells[0]
+    outcome = run_cell(cell_work(prepared, plan, cell, 1, listener), None, "", resume=False)[1]
+    return _measured(prepared, outcome.x_adv, outcome.broken, points)
 
 
 def _measured(prepared: Prepared, x_adv: Tensor, broken: Tensor, points: int) -> Certificate:

@@ -12,6 +12,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck  # type: ignore[imp
 
 from moebench.errors import UsageError
 from moebench.models._base import NormalizedClassifier, Recipe, Shape, register_model
+from moebench.models._clean_start import clean_start
 from moebench.models._objectives import ADVERSARIAL, STANDARD, TRADES
 from moebench.models._resnet import classifier
 from moebench.schema import PaperCard
@@ -191,13 +192,13 @@ class DeepResNet(nn.Module):
 )
 @register_model(
     "resnet34-at",
-    summary="one ResNet-34 (narrow on small images), PGD adversarial training",
+    summary="one ResNet-34 (narrow on small images), PGD adversarial training after a clean start",
     family="dense",
     training="adversarial",
     paper=MADRY_2018,
     settings={"depth": 34},
     recipe=Recipe(epochs=150),
-    objective=ADVERSARIAL,
+    objective=clean_start(ADVERSARIAL),
 )
 @register_model(
     "resnet50-st",
@@ -211,13 +212,13 @@ class DeepResNet(nn.Module):
 )
 @register_model(
     "resnet50-at",
-    summary="one ResNet-50 (narrow on small images), PGD adversarial training",
+    summary="one ResNet-50 (narrow on small images), PGD adversarial training after a clean start",
     family="dense",
     training="adversarial",
     paper=MADRY_2018,
     settings={"depth": 50},
     recipe=Recipe(epochs=90),
-    objective=ADVERSARIAL,
+    objective=clean_start(ADVERSARIAL),
 )
 def deep_resnet(num_classes: int, shape: Shape, *, depth: int = 18, width: int | None = None) -> nn.Module:
     """A ResNet of a given depth, 64 channels in its first stage (8 or 6 for images of up to 16 pixels)."""

@@ -8,6 +8,7 @@ from torchvision.models.vgg import vgg16_bn
 
 from moebench.errors import UsageError
 from moebench.models._base import NormalizedClassifier, Recipe, Shape, register_model
+from moebench.models._clean_start import clean_start
 from moebench.models._objectives import ADVERSARIAL, STANDARD, TRADES
 from moebench.models.resnet import MADRY_2018, ZHANG_2019
 from moebench.schema import PaperCard
@@ -90,12 +91,12 @@ class VGG(nn.Module):
 )
 @register_model(
     "vgg-at",
-    summary="one VGG-16 with BatchNorm (VGG-11, narrow, on small images), PGD adversarial training",
+    summary="one VGG-16 with BatchNorm (VGG-11, narrow, on small images), PGD adversarial training after a clean start",
     family="dense",
     training="adversarial",
     paper=MADRY_2018,
     recipe=Recipe(epochs=200),
-    objective=ADVERSARIAL,
+    objective=clean_start(ADVERSARIAL),
 )
 @register_model(
     "vgg-trades",
