@@ -397,6 +397,14 @@ def test_help(moebench: Terminal, words: str) -> None:
     assert words not in ("-h", "--help") or "..." not in said.out.split("Commands:")[1]
 
 
+def test_the_list_says_which_models_have_weights(moebench: Terminal) -> None:
+    lines = {line.split()[0]: line for line in moebench("list", "models").out.splitlines()}
+    trained = {path.stem for path in SHIPPED.glob("*/*.safetensors")}
+    assert trained and trained <= set(lines)
+    for name, line in lines.items():
+        assert line.endswith("(no weights shipped: moebench train)") == (name not in trained), line
+
+
 def test_the_card_of_a_model(moebench: Terminal) -> None:
     said = moebench("show", "rt-er")
     assert said.code == 0 and moebench.files() == {}

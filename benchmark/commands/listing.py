@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import click
@@ -33,7 +35,8 @@ def list_command(what: str) -> None:
     for declaration in declarations:
         facts = declaration.facts
         kind = f"{facts['family']:9}" if "family" in facts else ""
-        click.echo(f"{_shown(declaration):{width}}  {kind}{facts.get('summary', '')}".rstrip())
+        rest = "" if what != "models" or _has_weights(declaration) else " (no weights shipped: moebench train)"
+        click.echo(f"{_shown(declaration):{width}}  {kind}{facts.get('summary', '')}{rest}".rstrip())
     if what == "attacks":
         click.echo("NAME[KEY=VALUE,…] changes settings, such as apgd-ce[steps=20]; a wrong one is answered with all")
         click.echo(f"suite {SUITE_VERSION}, protocol {PROTOCOL_VERSION}")
@@ -51,6 +54,15 @@ def _declarations(what: str) -> list[Declaration]:
     from moebench.datasets import DATASETS
 
     return DATASETS.declarations()
+
+
+def _has_weights(declaration: Declaration) -> bool:
+    """Whether weights for any data set lie in the package; a model of another package looks after its own."""
+    if not declaration.module.startswith("moebench."):
+        return True
+    found = find_spec("moebench.models")
+    folders = (found.submodule_search_locations if found is not None else None) or ()
+    return any(any(Path(folder).glob(f"weights/*/{declaration.name}.safetensors")) for folder in folders)
 
 
 def _shown(declaration: Declaration) -> str:
