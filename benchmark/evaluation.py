@@ -460,7 +460,6 @@ def planned_cells(prepared: Prepared) -> list[PlannedCell]:
     for plan, cell in prepared.cells:
         budgets = [stage.budget() for stage, _ in searches(plan, spec.precision)]
         forwards, backwards = (spec.draws * sum(passes) for passes in zip(*budgets, strict=True))
-        forwards, backwards = (sum(passes) for passes in zip(*(stage.budget() for stage in plan.stages), strict=True))
         # An image that is taken over is judged in one pass.
         forwards += WARM_START in cell.parameters
         there = cell.fingerprint in stored

@@ -37,6 +37,10 @@ def fresh(name: str) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         model = MODELS.get(name).make(10, SHAPE).train()
+        for parameter in model.parameters():
+            # A transformer's head starts at zero, where nothing has a gradient.
+            if parameter.dim() > 1 and not bool(parameter.any()):
+                nn.init.normal_(parameter, std=0.1)
         model(torch.rand(64, *SHAPE))
         return frozen(model)
 

@@ -91,6 +91,19 @@ def test_a_model_that_is_not_random_needs_no_draws(moebench: Terminal) -> None:
     assert averaged["results"] == plain["results"]
 
 
+def test_a_dry_run_counts_draws_and_the_cull(moebench: Terminal) -> None:
+    Path("noisy.py").write_text(NOISY)
+
+    def planned(model: str, *words: str) -> int:
+        cells = moebench.evaluate(model, "pgd-10", 20, "--view", "whole", "--dry-run", "--json", *words).json["cells"]
+        return int(cells[0]["backwards"])
+
+    assert planned(DENSE, "--precision", "bfloat16") == 2 * planned(DENSE)
+    assert planned(DENSE, "--precision", "bfloat16-only") == planned(DENSE)
+    once = planned("noisy.py:make")
+    assert once > 0 and planned("noisy.py:make", "--eot", "5") % (5 * 10) == 0
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
