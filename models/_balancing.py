@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from moebench.models._base import Adversary, AdversaryOn, Forward, Phase, PhaseLoss, Recipe
 from moebench.models._moe import MoELayer, Policy, Routing, has_shortcut, moe_layers, route, routed_by, top_experts
@@ -88,18 +90,29 @@ class Hearing:
 
     def deaf_to(self, adversary: Adversary) -> Adversary:
         """The same adversary, whose passes are not taken down."""
+        return _Unheard(adversary, self)
 
-        def change(forward: Forward) -> Forward:
-            def unheard(x: Tensor) -> Tensor:
-                self._attacking = True
-                try:
-                    return forward(x)
-                finally:
-                    self._attacking = False
+    @contextmanager
+    def pausing(self) -> Iterator[None]:
+        """Takes nothing down for a while."""
+        self._attacking = True
+        try:
+            yield
+        finally:
+            self._attacking = False
 
-            return unheard
 
-        return AdversaryOn(adversary, change)
+class _Unheard(AdversaryOn):
+    """An adversary during whose attacks nothing is taken down."""
+
+    def __init__(self, adversary: Adversary, hearing: Hearing) -> None:
+        super().__init__(adversary, lambda forward: forward)
+        self._hearing = hearing
+
+    @override
+    def __call__(self, forward: Forward, x: Tensor, loss: Callable[[Tensor], Tensor], **options: Any) -> Tensor:
+        with self._hearing.pausing():
+            return super().__call__(forward, x, loss, **options)
 
 
 def balanced(

@@ -204,7 +204,8 @@ def test_vote_of_the_model_is_that_of_its_members() -> None:
     model = MODELS.get("ensemble-vote").make(10, DIGITS, members=5).train()
     assert isinstance(model, Ensemble)
     x = images(64)
-    model(x)  # BatchNorm's first statistics would have all images in one class
+    for _ in range(30):
+        model(x)  # BatchNorm's first statistics would have all images in one class
     model.eval()
     choices = model.member_logits(x).argmax(dim=2)
     votes = F.one_hot(choices, 10).sum(dim=0)

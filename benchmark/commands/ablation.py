@@ -33,7 +33,9 @@ if TYPE_CHECKING:
 def ablation_command(
     protocol: str, models: str, dataset: str, against: str, eps: str | None, as_json: bool, **options: Any
 ) -> None:
-    """Run a published protocol as it is and with its departures taken away, and print the table (Markdown).
+    """Take a published protocol apart, defect by defect.
+
+    Runs it as it is and with its departures taken away, and prints the table (Markdown).
 
     What the database has already is not computed again.
     """

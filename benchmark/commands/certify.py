@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 def certify_command(
     settings: tuple[str, ...], attack: str, eps: str | None, points: int, as_json: bool, **options: Any
 ) -> None:
-    """Measure the margins of a model and the radii that follow from them.
+    """Measure a model's margins and the radii they give.
 
     Estimated radii put the largest gradient found in place of a Lipschitz constant and prove nothing. Proven radii
     come from interval bounds over all experts that the router can reach, and are small.

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 @database_option
 @debug_option
 def show_command(what: str, db: str | None) -> None:
-    """Show the card of a model or of a published protocol, or a stored run.
+    """Show a model, a published protocol or a stored run.
 
     A model's card holds paper, architecture, recipe, weights and claims, a protocol's its rule and its switches.
     A run is named by the start of its id.
