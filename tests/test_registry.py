@@ -213,7 +213,7 @@ def test_copy_of_a_models_file_cannot_take_its_names(tmp_path: Path) -> None:
     copy.write_text(Path(original.__file__).read_text())
     code = "import copied_ensemble"
     done = python("-c", code, path=tmp_path)
-    assert "model 'ensemble-max' is registered twice, in ensemble.py:" in done.stderr
+    assert "model 'ensemble-vote' is registered twice, in ensemble.py:" in done.stderr
     assert "copied_ensemble.ensemble; rename one" in done.stderr
 
 
@@ -268,9 +268,11 @@ from torch import nn
 from moebench.models._base import Recipe, register_model
 from moebench.models._objectives import STANDARD
 
+RECIPE = Recipe(1, select="clean")
+
 
 @register_model(
-    "plugged-linear", summary="linear", family="dense", training="standard", recipe=Recipe(1), objective=STANDARD
+    "plugged-linear", summary="linear", family="dense", training="standard", recipe=RECIPE, objective=STANDARD
 )
 def linear(num_classes, shape, *, bias=True):
     channels, height, width = shape
