@@ -1,4 +1,4 @@
-"""A few epochs on clean images before adversarial training, for networks that do not get off the ground without."""
+"""A few epochs on clean images before adversarial training, for deep networks that start slowly under attack."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ SHARE = 0.15
 def clean_start(phases: tuple[Phase, ...]) -> tuple[Phase, ...]:
     """The same phases behind standard training in the first 15 % of the epochs.
 
-    Deep narrow networks that see nothing but attacked images from the first step on answer the same class to all of
-    them: on the digits at Linf 0.2, VGG-16 and ResNet-50 were still at chance after twelve epochs.
+    Seen on the validation digits at Linf 0.2 (clean / PGD accuracy): VGG-11 10 / 10 % after 30 epochs without it and
+    28 / 16 % after 40 with it; ResNet-50 16 / 16 % at best in 12 epochs without it and 33 / 14 % after 15 with it.
+    These were short runs, one seed each, and no proof that the full recipe gets there.
 
     Args:
         phases: an objective whose phases are active all the time.
