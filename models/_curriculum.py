@@ -1,7 +1,7 @@
 """Adversarial training that starts on clean images and comes to the whole radius by steps.
 
-A small Transformer that meets the full radius at once ends as a constant; pre-trained on clean images and led there in
-steps it does not. (V-MoE's authors pre-train as well, on far more images.)
+A small Transformer, a VGG and a deep narrow ResNet that meet the full radius at once end as a constant or close to it;
+pre-trained on clean images and led there in steps they do not. (V-MoE's authors pre-train as well, on far more images.)
 """
 
 from __future__ import annotations

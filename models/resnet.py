@@ -12,8 +12,8 @@ from torchvision.models.resnet import BasicBlock, Bottleneck  # type: ignore[imp
 
 from moebench.errors import UsageError
 from moebench.models._base import NormalizedClassifier, Recipe, Shape, register_model
-from moebench.models._clean_start import clean_start
-from moebench.models._objectives import ADVERSARIAL, STANDARD, TRADES
+from moebench.models._curriculum import from_clean_to_adversarial
+from moebench.models._objectives import ADVERSARIAL, STANDARD, TRADES, standard_loss
 from moebench.models._resnet import classifier
 from moebench.schema import PaperCard
 
@@ -192,13 +192,13 @@ class DeepResNet(nn.Module):
 )
 @register_model(
     "resnet34-at",
-    summary="one ResNet-34 (narrow on small images), PGD adversarial training after a clean start",
+    summary="one ResNet-34 (narrow on small images), PGD adversarial training, eps grown by steps",
     family="dense",
     training="adversarial",
     paper=MADRY_2018,
     settings={"depth": 34},
     recipe=Recipe(epochs=150),
-    objective=clean_start(ADVERSARIAL),
+    objective=from_clean_to_adversarial(standard_loss),
 )
 @register_model(
     "resnet50-st",
@@ -212,13 +212,13 @@ class DeepResNet(nn.Module):
 )
 @register_model(
     "resnet50-at",
-    summary="one ResNet-50 (narrow on small images), PGD adversarial training after a clean start",
+    summary="one ResNet-50 (narrow on small images), PGD adversarial training, eps grown by steps",
     family="dense",
     training="adversarial",
     paper=MADRY_2018,
     settings={"depth": 50},
     recipe=Recipe(epochs=90),
-    objective=clean_start(ADVERSARIAL),
+    objective=from_clean_to_adversarial(standard_loss),
 )
 def deep_resnet(num_classes: int, shape: Shape, *, depth: int = 18, width: int | None = None) -> nn.Module:
     """A ResNet of a given depth, 64 channels in its first stage (8 or 6 for images of up to 16 pixels)."""

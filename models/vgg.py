@@ -8,8 +8,8 @@ from torchvision.models.vgg import vgg16_bn
 
 from moebench.errors import UsageError
 from moebench.models._base import NormalizedClassifier, Recipe, Shape, register_model
-from moebench.models._clean_start import clean_start
-from moebench.models._objectives import ADVERSARIAL, STANDARD, TRADES
+from moebench.models._curriculum import from_clean_to_adversarial
+from moebench.models._objectives import STANDARD, TRADES, standard_loss
 from moebench.models.resnet import MADRY_2018, ZHANG_2019
 from moebench.schema import PaperCard
 
@@ -91,12 +91,12 @@ class VGG(nn.Module):
 )
 @register_model(
     "vgg-at",
-    summary="one VGG-16 with BatchNorm (VGG-11, narrow, on small images), PGD adversarial training after a clean start",
+    summary="one VGG-16 with BatchNorm (VGG-11, narrow, on small images), PGD adversarial training, eps grown by steps",
     family="dense",
     training="adversarial",
     paper=MADRY_2018,
     recipe=Recipe(epochs=200),
-    objective=clean_start(ADVERSARIAL),
+    objective=from_clean_to_adversarial(standard_loss),
 )
 @register_model(
     "vgg-trades",
