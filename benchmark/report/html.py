@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import re
 from importlib.resources import files
 from urllib.parse import quote
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 
 from moebench.report import text
 from moebench.report.evidence import public
@@ -25,14 +22,13 @@ def asset(name: str) -> str:
     return ASSETS.joinpath(name).read_text(encoding="utf-8")
 
 
-def script() -> str:
-    """What the pages run: the sorting library with its licence, and the lines that switch it on."""
-    return f"\n/* tablesort\n{asset('tablesort.LICENCE')}*/\n{asset('tablesort.min.js')}\n{asset('report.js')}"
-
-
-def content_hash(content: str) -> str:
-    """The source expression that lets a page's security policy admit exactly this content."""
-    return "sha256-" + base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+def assets() -> dict[str, str]:
+    """What all pages share, by path: the style, the scripts, and the libraries with their licences."""
+    own = ("report.css", "report.js", "charts.js", "tablesort.min.js", "tablesort.LICENCE")
+    vendored = sorted(file.name for file in ASSETS.joinpath("vendor").iterdir())
+    return {f"assets/{name}": asset(name) for name in own} | {
+        f"assets/vendor/{name}": asset(f"vendor/{name}") for name in vendored
+    }
 
 
 def arxiv_url(identifier: str | None) -> str | None:
@@ -52,7 +48,6 @@ def environment() -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    style, code = f"\n{asset('report.css')}", script()
     made.filters.update(
         percent=text.percent,
         decimal=text.decimal,
@@ -67,14 +62,7 @@ def environment() -> Environment:
         eps=format_eps,
         arxiv=arxiv_url,
     )
-    made.globals.update(
-        style=Markup(style),
-        script=Markup(code),
-        style_hash=content_hash(style),
-        script_hash=content_hash(code),
-        generator=GENERATOR,
-        components=COMPONENTS,
-    )
+    made.globals.update(generator=GENERATOR, components=COMPONENTS)
     return made
 
 
@@ -86,4 +74,4 @@ def render(report: Report) -> dict[str, str]:
         "method.html": templates.get_template("method.html").render(report=report, root=""),
     }
     model = templates.get_template("model.html")
-    return pages | {f"models/{page.page}": model.render(page=page, root="../") for page in report.models}
+    return pages | assets() | {f"models/{page.page}": model.render(page=page, root="../") for page in report.models}

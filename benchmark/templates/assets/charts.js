@@ -1,0 +1,74 @@
+// Draws the charts of a page: each reads its ECharts option from the JSON beside it when it comes into sight.
+(function () {
+  "use strict";
+  var drawn = [];
+
+  function colour(name) {
+    return getComputedStyle(document.documentElement).getPropertyValue("--" + name).trim();
+  }
+
+  // Error bars: each datum is [position, low, high] along the value axis; `encode` says which axis that is.
+  function interval(params, api) {
+    var flat = params.encode.x.length > 1;
+    function at(value) {
+      return flat ? api.coord([value, api.value(0)]) : api.coord([api.value(0), value]);
+    }
+    var low = at(api.value(1)), high = at(api.value(2)), half = 4;
+    function line(x1, y1, x2, y2) {
+      return { type: "line", shape: { x1: x1, y1: y1, x2: x2, y2: y2 }, style: { stroke: api.visual("color"), lineWidth: 1.5 } };
+    }
+    var caps = flat
+      ? [line(low[0], low[1] - half, low[0], low[1] + half), line(high[0], high[1] - half, high[0], high[1] + half)]
+      : [line(low[0] - half, low[1], low[0] + half, low[1]), line(high[0] - half, high[1], high[0] + half, high[1])];
+    return { type: "group", children: [line(low[0], low[1], high[0], high[1])].concat(caps) };
+  }
+
+  function themed(option) {
+    option.series.forEach(function (series) {
+      if (series.renderItem === "interval") { series.renderItem = interval; }
+    });
+    option.textStyle = { fontFamily: getComputedStyle(document.body).fontFamily, color: colour("ink") };
+    option.backgroundColor = "transparent";
+    option.animation = false;
+    option.tooltip = Object.assign({ renderMode: "richText", confine: true, backgroundColor: colour("raised"),
+      borderColor: colour("strong"), textStyle: { color: colour("ink"), fontSize: 12 } }, option.tooltip);
+    ["xAxis", "yAxis"].forEach(function (key) {
+      [].concat(option[key] || []).forEach(function (axis) {
+        var line = { lineStyle: { color: colour("strong") } };
+        axis.axisLine = Object.assign({}, line, axis.axisLine);
+        axis.axisTick = Object.assign({}, line, axis.axisTick);
+        axis.splitLine = Object.assign({ lineStyle: { color: colour("rule") } }, axis.splitLine);
+        axis.axisLabel = Object.assign({ color: colour("soft") }, axis.axisLabel);
+        axis.nameTextStyle = Object.assign({ color: colour("soft") }, axis.nameTextStyle);
+      });
+    });
+    if (option.legend) { option.legend.textStyle = { color: colour("ink") }; }
+    if (option.visualMap) { option.visualMap.textStyle = { color: colour("soft") }; }
+    return option;
+  }
+
+  function draw(figure) {
+    var place = figure.querySelector(".plot");
+    place.style.height = place.dataset.height + "px";
+    var chart = echarts.getInstanceByDom(place) || echarts.init(place, null, { renderer: "svg" });
+    chart.setOption(themed(JSON.parse(figure.querySelector("script").textContent)), true);
+    if (drawn.indexOf(figure) < 0) {
+      drawn.push(figure);
+      new ResizeObserver(function () { chart.resize(); }).observe(place);
+    }
+  }
+
+  var seen = new IntersectionObserver(function (entries) {
+    entries.filter(function (entry) { return entry.isIntersecting; }).forEach(function (entry) {
+      seen.unobserve(entry.target);
+      draw(entry.target);
+    });
+  }, { rootMargin: "200px" });
+  var figures = document.querySelectorAll("figure.chart");
+  figures.forEach(function (figure) { seen.observe(figure); });
+
+  // Paper shows all of them, in the colours of paper.
+  addEventListener("beforeprint", function () { figures.forEach(draw); });
+  document.addEventListener("themechange", function () { drawn.forEach(draw); });
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", function () { drawn.forEach(draw); });
+})();
