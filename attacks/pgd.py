@@ -14,7 +14,7 @@ from typing_extensions import override
 from moebench.attacks._base import Attack, Oracle, Rows, State, register_attack
 from moebench.attacks._losses import cross_entropy
 from moebench.attacks._projections import ascend, expand, project, random_start
-from moebench.models.resnet import MADRY_2018
+from moebench.models._training_papers import MADRY_2018
 from moebench.schema import PaperCard
 
 GOODFELLOW_2015 = PaperCard(

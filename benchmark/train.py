@@ -24,16 +24,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from moebench.attacks._projections import ascend, project
-from moebench.attacks._projections import random_start as random_point
-from moebench.attacks._random import sample_keys
 from moebench.checkpoint import checkpoint_path, clear_drafts, read_checkpoint, write_checkpoint
-from moebench.datasets import Dataset, load_dataset
+from moebench.datasets import Dataset, load_training_splits
 from moebench.errors import RunError, UsageError
-from moebench.models._base import MODELS, Forward, ModelEntry, Phase, Recipe, evaluating
+from moebench.models._base import MODELS, ModelEntry, Phase, Recipe
 from moebench.models._weights import load_into, read_card, read_weights, save_weights, shipped_weights
+from moebench.optimizers import make_optimizer, make_schedule
 from moebench.recipes import own_settings, plan_training, variant_name
-from moebench.schema import ThreatModel
+from moebench.training_adversary import TrainingAdversary
 from moebench.training_log import TrainingLog
 
 State = dict[str, Tensor]
@@ -79,69 +77,6 @@ class EpochLog:
     val_robust: float | None
 
 
-class TrainingAdversary:
-    """PGD with a random start, used inside the objectives and for the robust validation accuracy.
-
-    Runs the model in eval mode (BatchNorm must not learn from intermediate images) and restores the mode after; always
-    in float32, because half precision rounds small gradients to 0, whose sign is 0.
-    """
-
-    def __init__(self, model: nn.Module, threat: ThreatModel, recipe: Recipe, seed: int) -> None:
-        self.model = model
-        self.threat = threat
-        self.recipe = recipe
-        self.seed = seed
-        self.calls = 0
-        self.delta: Tensor | None = None
-
-    @property
-    def eps(self) -> float:
-        """Radius of the threat model."""
-        return self.threat.eps
-
-    def __call__(
-        self,
-        forward: Forward,
-        x: Tensor,
-        loss: Callable[[Tensor], Tensor],
-        *,
-        steps: int | None = None,
-        eps: float | None = None,
-        step_size: float | None = None,
-        random_start: bool = True,
-        from_clean: bool = False,
-    ) -> Tensor:
-        """Images (B, C, H, W) near x that raise the loss; each call draws other random starts."""
-        threat = self.threat if eps is None else replace(self.threat, eps=eps)
-        size = self.recipe.step_fraction * threat.eps if step_size is None else step_size
-        keys = sample_keys(self.seed, f"train/{self.calls}", torch.arange(len(x), device=x.device))
-        self.calls += 1
-        x_adv = random_point(x, keys, threat) if random_start else x.clone()
-        with evaluating(self.model), torch.autocast(x.device.type, enabled=False):
-            for _ in range(self.recipe.attack_steps if steps is None else steps):
-                x_adv.requires_grad_()
-                (gradient,) = torch.autograd.grad(loss(forward(x_adv)).sum(), x_adv)
-                origin = x if from_clean else x_adv.detach()
-                x_adv = project(ascend(origin, gradient, size, threat), x, threat)
-        return x_adv.detach()
-
-    def carried(self, x: Tensor) -> Tensor:
-        """Images x + δ; their backward pass moves δ, which stays for the next batch."""
-        if self.delta is None or self.delta.shape != x.shape:
-            self.delta = torch.zeros_like(x)
-        x_adv = (x + self.delta).clamp(self.threat.lower, self.threat.upper).requires_grad_()
-        x_adv.register_hook(self._carry)  # type: ignore[no-untyped-call]
-        return x_adv
-
-    def _carry(self, gradient: Tensor) -> None:
-        assert self.delta is not None
-        # δ belongs to no image, so no box cuts it but the one that holds its ball.
-        ball = replace(self.threat, lower=-self.eps, upper=self.eps)
-        # A loss scaled for half precision may overflow; the scaler drops that step of the weights as well.
-        gradient = gradient.nan_to_num(0.0, 0.0, 0.0)
-        self.delta = project(ascend(self.delta, gradient, self.eps, ball), torch.zeros_like(self.delta), ball)
-
-
 def train(spec: TrainSpec, progress: Callable[[EpochLog, int], None] | None = None) -> tuple[Path, dict[str, Any]]:
     """Trains a registered model and writes `OUT/NAME.safetensors`, its card and its log.
 
@@ -163,7 +98,7 @@ def train(spec: TrainSpec, progress: Callable[[EpochLog, int], None] | None = No
         raise UsageError(f"the seed must be between 0 and {2**32 - 1}, got {spec.seed}")
     spec = replace(spec, objective=plan.variant)
     entry = replace(entry, objective=plan.objective)
-    train_set, val_set = load_dataset(spec.dataset, split="train"), load_dataset(spec.dataset, split="val")
+    train_set, val_set = load_training_splits(spec.dataset)
     _seed_everything(spec.seed)
     settings = {**entry.settings, **(spec.settings or {})}
     path = spec.out / f"{spec.stem}.safetensors"
@@ -497,52 +432,6 @@ class Trainer:
 def _epochs_of(phase: Phase, epochs: int) -> tuple[int, int]:
     """First epoch of a phase, and the one after its last."""
     return round(phase.span[0] * epochs), round(phase.span[1] * epochs)
-
-
-def make_optimizer(parameters: list[nn.Parameter], recipe: Recipe) -> torch.optim.Optimizer:
-    """The recipe's optimiser; the schedule sets its rate."""
-    if recipe.optimizer == "adam":
-        return torch.optim.Adam(parameters, lr=recipe.lr_low, weight_decay=recipe.weight_decay)
-    if recipe.optimizer == "adamw":
-        kernels = [parameter for parameter in parameters if parameter.dim() in (2, 4)]
-        others = [parameter for parameter in parameters if parameter.dim() not in (2, 4)]
-        groups: list[dict[str, Any]] = [{"params": kernels}, {"params": others, "weight_decay": 0.0}]
-        groups = [group for group in groups if group["params"]]
-        return torch.optim.AdamW(groups, lr=recipe.lr_low, weight_decay=recipe.weight_decay)
-    return torch.optim.SGD(
-        parameters,
-        lr=recipe.lr_high,
-        momentum=recipe.momentum,
-        nesterov=recipe.nesterov,
-        weight_decay=recipe.weight_decay,
-    )
-
-
-def make_schedule(optimizer: torch.optim.Optimizer, recipe: Recipe, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
-    """The recipe's schedule over so many optimiser steps."""
-    if recipe.schedule == "triangular":
-        half_cycle = max(steps // (2 * recipe.cycles), 1)
-        return torch.optim.lr_scheduler.CyclicLR(
-            optimizer, recipe.lr_low, recipe.lr_high, step_size_up=half_cycle, cycle_momentum=False
-        )
-    for group in optimizer.param_groups:
-        group["lr"] = recipe.lr_high
-    warm = round(recipe.warmup * steps)
-    lowest = recipe.lr_low / recipe.lr_high if recipe.lr_high > 0 else 0.0
-
-    def factor(step: int) -> float:
-        if step < warm:
-            return (step + 1) / (warm + 1)
-        left = 1 - min((step - warm) / max(steps - warm, 1), 1.0)
-        fall = {
-            "cosine": (1 - math.cos(math.pi * left)) / 2,
-            "poly": left**0.9,
-            "step": 0.1 ** ((left <= 0.5) + (left <= 0.25)),
-            "constant": 1.0,
-        }[recipe.schedule]
-        return lowest + (1 - lowest) * fall if recipe.schedule != "constant" else 1.0
-
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
 def _initialise(model: nn.Module, recipe: Recipe, spec: TrainSpec) -> dict[str, str]:

@@ -6,10 +6,16 @@ pre-trained on clean images and led there in steps they do not. (V-MoE's authors
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from torch import Tensor, nn
 
 from moebench.models._base import Adversary, Phase, PhaseLoss, Recipe
-from moebench.models._objectives import cross_entropy_adversary
+from moebench.models._objectives import cross_entropy_adversary, fast_adversary
+
+Attack = Callable[[Any, Tensor, Tensor, Adversary, Any], Tensor]
+"""From (model, images, labels, adversary, recipe) to the images that the radius of the last step allows."""
 
 PRE_TRAINING = 0.4
 """Share of the epochs that sees clean images only."""
@@ -18,23 +24,32 @@ STEPS = ((0.25, 0.1), (0.5, 0.1), (0.75, 0.1), (1.0, 0.3))
 """Then: the share of the perturbation, and the share of the epochs that sees it; the epoch kept is of the last."""
 
 
-def from_clean_to_adversarial(loss: PhaseLoss) -> tuple[Phase, ...]:
-    """Phases with the loss on clean images, then on x + s · (x_adv - x) for a share s that grows to 1 (PGD-AT).
+def _pgd(model: nn.Module, x: Tensor, y: Tensor, adversary: Adversary, recipe: Recipe) -> Tensor:
+    return cross_entropy_adversary(model, x, y, adversary)
+
+
+ATTACKS: dict[str, Attack] = {"pgd": _pgd, "fast": fast_adversary}
+"""The attack of PGD adversarial training, and that of Fast AT."""
+
+
+def from_clean_to_adversarial(loss: PhaseLoss, attack: str = "pgd") -> tuple[Phase, ...]:
+    """Phases with the loss on clean images, then on x + s · (x_adv - x) for a share s that grows to 1.
 
     Args:
         loss: on the images that it is given.
+        attack: which of `ATTACKS` makes x_adv.
     """
     begin, phases = PRE_TRAINING, [Phase(loss, span=(0.0, PRE_TRAINING))]
     for share, epochs in STEPS:
         end = round(begin + epochs, 6)
-        phases.append(Phase(_at_share(loss, share), span=(begin, end)))
+        phases.append(Phase(_at_share(loss, share, ATTACKS[attack]), span=(begin, end)))
         begin = end
     return tuple(phases)
 
 
-def _at_share(loss: PhaseLoss, share: float) -> PhaseLoss:
+def _at_share(loss: PhaseLoss, share: float, attack: Attack) -> PhaseLoss:
     def adversarial(model: nn.Module, x: Tensor, y: Tensor, adversary: Adversary, recipe: Recipe) -> Tensor:
-        x_adv = cross_entropy_adversary(model, x, y, adversary)
+        x_adv = attack(model, x, y, adversary, recipe)
         return loss(model, x_adv if share == 1 else x + share * (x_adv - x), y, adversary, recipe)
 
     return adversarial

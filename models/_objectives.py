@@ -93,6 +93,18 @@ def trades_loss(model: nn.Module, x: Tensor, y: Tensor, adversary: Adversary, re
     return F.cross_entropy(clean, y) + recipe.beta * kl_divergence(clean, adv).mean()
 
 
+def fast_adversary(model: nn.Module, x: Tensor, y: Tensor, adversary: Adversary, recipe: Recipe) -> Tensor:
+    """Images one step from a random start (Fast AT), see `fast_adversarial_loss`."""
+    return adversary(
+        model,
+        x,
+        lambda logits: F.cross_entropy(logits, y, reduction="none"),
+        steps=1,
+        step_size=recipe.fast_step * adversary.eps,
+        from_clean=recipe.fast_from == "clean",
+    )
+
+
 @register_objective(
     "fast-at",
     summary="Fast AT: one step of 1.25 eps from a random start (Wong et al., 2020)",
@@ -109,15 +121,7 @@ def fast_adversarial_loss(model: nn.Module, x: Tensor, y: Tensor, adversary: Adv
 
     Differs from the paper: the gradient is taken in eval mode, as for all attacks here.
     """
-    x_adv = adversary(
-        model,
-        x,
-        lambda logits: F.cross_entropy(logits, y, reduction="none"),
-        steps=1,
-        step_size=recipe.fast_step * adversary.eps,
-        from_clean=recipe.fast_from == "clean",
-    )
-    return F.cross_entropy(model(x_adv), y)
+    return F.cross_entropy(model(fast_adversary(model, x, y, adversary, recipe)), y)
 
 
 @register_objective(
@@ -138,3 +142,5 @@ def free_adversarial_loss(model: nn.Module, x: Tensor, y: Tensor, adversary: Adv
 STANDARD = (Phase(standard_loss),)
 ADVERSARIAL = (Phase(adversarial_loss),)
 TRADES = (Phase(trades_loss),)
+FAST = (Phase(fast_adversarial_loss),)
+FREE = (Phase(free_adversarial_loss),)

@@ -26,7 +26,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from torch import Tensor, nn
@@ -47,7 +47,7 @@ from moebench.models._base import (
 )
 from moebench.models._gates import GateName, NoisyMoELayer, make_gate
 from moebench.models._moe import RoutedModel, top_experts
-from moebench.models._objectives import ADVERSARIAL, STANDARD
+from moebench.models._objectives import ADVERSARIAL, FAST, FREE, STANDARD
 from moebench.schema import PaperCard
 
 PAVLITSKA_2025 = PaperCard(
@@ -207,11 +207,13 @@ def paper_objective(phases: tuple[Phase, ...]) -> tuple[Phase, ...]:
         assert isinstance(recipe, LayerMoERecipe)
         return BALANCING[recipe.balance_loss](probs)
 
-    return balanced(tuple(Phase(wrap(phase.loss), phase.part, phase.span) for phase in phases), loss=balance)
+    return balanced(tuple(replace(phase, loss=wrap(phase.loss)) for phase in phases), loss=balance)
 
 
 NORMAL_TRAINING = paper_objective(STANDARD)
 PGD_TRAINING = paper_objective(ADVERSARIAL)
+FAST_TRAINING = paper_objective(FAST)
+FREE_TRAINING = paper_objective(FREE)
 
 EPOCHS = 150
 """Of the digits' models."""
@@ -227,6 +229,7 @@ EPOCHS = 150
     settings={"noise": 0.1},
     recipe=LayerMoERecipe(epochs=EPOCHS, balance_loss="switch"),
     objective=PGD_TRAINING,
+    regularize=paper_objective,
 )
 @register_model(
     "block-moe-entropy",
@@ -237,6 +240,7 @@ EPOCHS = 150
     paper=PAVLITSKA_2025,
     recipe=LayerMoERecipe(epochs=EPOCHS, balance_loss="entropy"),
     objective=PGD_TRAINING,
+    regularize=paper_objective,
 )
 @register_model(
     "block-moe-colent",
@@ -248,6 +252,7 @@ EPOCHS = 150
     settings={"noise": 0.1},
     recipe=LayerMoERecipe(epochs=EPOCHS, balance_loss="column-entropy"),
     objective=PGD_TRAINING,
+    regularize=paper_objective,
 )
 @register_model(
     "block-moe-switch-st",
@@ -259,6 +264,7 @@ EPOCHS = 150
     settings={"noise": 0.1},
     recipe=LayerMoERecipe(epochs=EPOCHS, balance_loss="switch", select="clean"),
     objective=NORMAL_TRAINING,
+    regularize=paper_objective,
 )
 @register_model(
     "block-moe-entropy-st",
@@ -269,6 +275,7 @@ EPOCHS = 150
     paper=PAVLITSKA_2025,
     recipe=LayerMoERecipe(epochs=EPOCHS, balance_loss="entropy", select="clean"),
     objective=NORMAL_TRAINING,
+    regularize=paper_objective,
 )
 @register_model(
     "block-moe-colent-st",
@@ -280,6 +287,31 @@ EPOCHS = 150
     settings={"noise": 0.1},
     recipe=LayerMoERecipe(epochs=EPOCHS, balance_loss="column-entropy", select="clean"),
     objective=NORMAL_TRAINING,
+    regularize=paper_objective,
+)
+@register_model(
+    "block-moe-switch-fast-at",
+    summary="4 experts per residual block of the last stage, switch loss, Fast AT as in the paper (half the radius)",
+    family="moe",
+    training="fast-at",
+    routing="top-1",
+    paper=PAVLITSKA_2025,
+    settings={"noise": 0.1},
+    recipe=LayerMoERecipe(epochs=EPOCHS, balance_loss="switch", fast_from="clean", fast_step=1.0, eps_fraction=0.5),
+    objective=FAST_TRAINING,
+    regularize=paper_objective,
+)
+@register_model(
+    "block-moe-switch-free-at",
+    summary="4 experts per residual block of the last stage, switch loss, Free AT as in the paper (half the radius)",
+    family="moe",
+    training="free-at",
+    routing="top-1",
+    paper=PAVLITSKA_2025,
+    settings={"noise": 0.1},
+    recipe=LayerMoERecipe(epochs=40, balance_loss="switch", replays=4, eps_fraction=0.5),
+    objective=FREE_TRAINING,
+    regularize=paper_objective,
 )
 @register_model(
     "block-moe-single",
@@ -291,6 +323,7 @@ EPOCHS = 150
     settings={"where": "last-2nd", "noise": 0.1},
     recipe=LayerMoERecipe(epochs=EPOCHS, balance_loss="switch"),
     objective=PGD_TRAINING,
+    regularize=paper_objective,
 )
 def block_moe(
     num_classes: int,
@@ -333,6 +366,7 @@ def block_moe(
     paper=PAVLITSKA_2025,
     recipe=LayerMoERecipe(epochs=EPOCHS, balance=0.1, balance_loss="entropy"),
     objective=PGD_TRAINING,
+    regularize=paper_objective,
 )
 @register_model(
     "conv-moe-switch",
@@ -344,6 +378,7 @@ def block_moe(
     settings={"noise": 0.1},
     recipe=LayerMoERecipe(epochs=EPOCHS, balance_loss="switch"),
     objective=PGD_TRAINING,
+    regularize=paper_objective,
 )
 @register_model(
     "conv-moe-colent",
@@ -355,6 +390,7 @@ def block_moe(
     settings={"noise": 0.1},
     recipe=LayerMoERecipe(epochs=EPOCHS, balance_loss="column-entropy"),
     objective=PGD_TRAINING,
+    regularize=paper_objective,
 )
 @register_model(
     "conv-moe-st",
@@ -365,6 +401,7 @@ def block_moe(
     paper=PAVLITSKA_2025,
     recipe=LayerMoERecipe(epochs=EPOCHS, balance_loss="entropy", select="clean"),
     objective=NORMAL_TRAINING,
+    regularize=paper_objective,
 )
 @register_model(
     "conv-moe-switch-st",
@@ -376,6 +413,7 @@ def block_moe(
     settings={"noise": 0.1},
     recipe=LayerMoERecipe(epochs=EPOCHS, balance_loss="switch", select="clean"),
     objective=NORMAL_TRAINING,
+    regularize=paper_objective,
 )
 def conv_moe(
     num_classes: int,

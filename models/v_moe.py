@@ -27,9 +27,10 @@ from torch.nn import functional as F
 from typing_extensions import override
 
 from moebench.errors import UsageError
-from moebench.models._base import Adversary, Phase, Recipe, Shape, register_model
+from moebench.models._base import Adversary, Phase, PhaseLoss, Recipe, Shape, register_model
 from moebench.models._curriculum import from_clean_to_adversarial
-from moebench.models._moe import MoELayer, RoutedModel, Routing, moe_layers, routed_by
+from moebench.models._moe import MoELayer, Policy, RoutedModel, Routing, moe_layers, routed_by
+from moebench.models._objectives import standard_loss
 from moebench.models._vit import Mlp, VisionTransformer, parse_size
 from moebench.schema import PaperCard
 
@@ -145,19 +146,40 @@ def auxiliary_loss(logits: Tensor, noisy: Tensor, top_k: int) -> Tensor:
     return importance_loss(logits.softmax(dim=-1)) + load_loss(logits, noisy, top_k)
 
 
-def balanced_loss(model: nn.Module, x: Tensor, y: Tensor, adversary: Adversary, recipe: Recipe) -> Tensor:
-    """CE(F(x), y) + `recipe.balance` times the sum over the MoE layers of their auxiliary loss in that same pass."""
-    terms: list[Tensor] = []
+def with_auxiliary(phase_loss: PhaseLoss) -> PhaseLoss:
+    """The loss plus `recipe.balance` times the sum over the MoE layers of their auxiliary loss in its own passes.
 
-    def policy(layer: MoELayer, features: Tensor) -> Routing:
-        assert isinstance(layer, TokenMoE)
-        routing, logits, noisy = layer.noisy_routing(features)
-        terms.append(auxiliary_loss(logits, noisy, layer.top_k))
-        return routing
+    Layers answer attacks in eval mode, so those passes count nowhere; of several passes the mean counts.
+    """
 
-    with routed_by(model, dict.fromkeys(moe_layers(model), policy)):
-        answer = model(x)
-    return F.cross_entropy(answer, y) + recipe.balance * torch.stack(terms).sum()
+    def total(model: nn.Module, x: Tensor, y: Tensor, adversary: Adversary, recipe: Recipe) -> Tensor:
+        terms: dict[str, list[Tensor]] = {}
+
+        def listener(name: str) -> Policy:
+            def policy(layer: MoELayer, features: Tensor) -> Routing:
+                assert isinstance(layer, TokenMoE)
+                if not layer.training:
+                    return layer.own_routing(features)
+                routing, logits, noisy = layer.noisy_routing(features)
+                terms.setdefault(name, []).append(auxiliary_loss(logits, noisy, layer.top_k))
+                return routing
+
+            return policy
+
+        with routed_by(model, {name: listener(name) for name in moe_layers(model)}):
+            value = phase_loss(model, x, y, adversary, recipe)
+        return value + recipe.balance * torch.stack([torch.stack(heard).mean() for heard in terms.values()]).sum()
+
+    return total
+
+
+def regularize(phases: tuple[Phase, ...]) -> tuple[Phase, ...]:
+    """The phases with the auxiliary losses of V-MoE."""
+    return tuple(replace(phase, loss=with_auxiliary(phase.loss)) for phase in phases)
+
+
+balanced_loss = with_auxiliary(standard_loss)
+"""CE(F(x), y) + `recipe.balance` times the auxiliary losses of that pass."""
 
 
 class VMoE(VisionTransformer, RoutedModel):
@@ -198,6 +220,7 @@ V_MOE_AT = replace(V_MOE_ST, epochs=180, select="robust", lr_high=2e-3)
     paper=PUIGCERVER_2022,
     recipe=V_MOE_ST,
     objective=(Phase(balanced_loss),),
+    regularize=regularize,
 )
 @register_model(
     "v-moe-at",
@@ -208,6 +231,7 @@ V_MOE_AT = replace(V_MOE_ST, epochs=180, select="robust", lr_high=2e-3)
     paper=PUIGCERVER_2022,
     recipe=V_MOE_AT,
     objective=from_clean_to_adversarial(balanced_loss),
+    regularize=regularize,
 )
 def v_moe(
     num_classes: int,

@@ -10,7 +10,7 @@ from moebench.errors import UsageError
 from moebench.models._base import NormalizedClassifier, Recipe, Shape, register_model
 from moebench.models._curriculum import from_clean_to_adversarial
 from moebench.models._objectives import STANDARD, TRADES, standard_loss
-from moebench.models.resnet import MADRY_2018, ZHANG_2019
+from moebench.models._training_papers import MADRY_2018, WONG_2020, ZHANG_2019
 from moebench.schema import PaperCard
 
 SIMONYAN_2015 = PaperCard(
@@ -106,6 +106,15 @@ class VGG(nn.Module):
     paper=ZHANG_2019,
     recipe=Recipe(epochs=200, beta=6.0),
     objective=TRADES,
+)
+@register_model(
+    "vgg-fast-at",
+    summary="one VGG-16 with BatchNorm (VGG-11, narrow, on small images), Fast AT, eps grown by steps",
+    family="dense",
+    training="fast-at",
+    paper=WONG_2020,
+    recipe=Recipe(epochs=200),
+    objective=from_clean_to_adversarial(standard_loss, "fast"),
 )
 def vgg(num_classes: int, shape: Shape, *, depth: int | None = None, width: int | None = None) -> nn.Module:
     """VGG-16 with BatchNorm, its CIFAR version up to 64 pixels; a VGG-11 of an eighth of the channels up to 16."""

@@ -11,7 +11,8 @@ from torch import nn
 
 from moebench.models._base import Recipe, Shape, register_model
 from moebench.models._curriculum import from_clean_to_adversarial
-from moebench.models._objectives import STANDARD, standard_loss
+from moebench.models._objectives import STANDARD, TRADES, standard_loss
+from moebench.models._training_papers import WONG_2020, ZHANG_2019
 from moebench.models._vit import VisionTransformer, parse_size
 from moebench.schema import PaperCard
 
@@ -57,6 +58,24 @@ VIT_AT = replace(VIT_ST, epochs=180, select="robust", lr_high=2e-3)
     paper=DOSOVITSKIY_2021,
     recipe=VIT_AT,
     objective=from_clean_to_adversarial(standard_loss),
+)
+@register_model(
+    "vit-trades",
+    summary="dense ViT of V-MoE's block size, TRADES with weight 6",
+    family="dense",
+    training="trades",
+    paper=ZHANG_2019,
+    recipe=replace(VIT_AT, beta=6.0),
+    objective=TRADES,
+)
+@register_model(
+    "vit-fast-at",
+    summary="dense ViT of V-MoE's block size, Fast AT, eps grown by steps",
+    family="dense",
+    training="fast-at",
+    paper=WONG_2020,
+    recipe=VIT_AT,
+    objective=from_clean_to_adversarial(standard_loss, "fast"),
 )
 @register_model(
     "vit-wide",

@@ -10,8 +10,8 @@ from torch.nn import functional as F
 
 from moebench.errors import UsageError
 from moebench.models._base import NormalizedClassifier, Recipe, Shape, register_model
-from moebench.models._objectives import ADVERSARIAL, STANDARD, TRADES
-from moebench.models.resnet import MADRY_2018, ZHANG_2019
+from moebench.models._objectives import ADVERSARIAL, FAST, STANDARD, TRADES
+from moebench.models._training_papers import MADRY_2018, WONG_2020, ZHANG_2019
 from moebench.schema import PaperCard
 
 ZAGORUYKO_2016 = PaperCard(
@@ -118,6 +118,15 @@ class WideResNet(nn.Module):
     paper=ZHANG_2019,
     recipe=Recipe(epochs=200, beta=6.0),
     objective=TRADES,
+)
+@register_model(
+    "wrn-fast-at",
+    summary="one WideResNet (28-10; 16-1 on small images), Fast AT",
+    family="dense",
+    training="fast-at",
+    paper=WONG_2020,
+    recipe=Recipe(epochs=200),
+    objective=FAST,
 )
 def wide_resnet(num_classes: int, shape: Shape, *, depth: int | None = None, width: int | None = None) -> nn.Module:
     """A WideResNet: WRN-28-10 (36.5 million parameters for CIFAR-10), WRN-16-1 for images of up to 16 pixels."""

@@ -26,7 +26,7 @@ from moebench.models.adv_moe import (
     router_loss,
 )
 from moebench.schema import ThreatModel
-from moebench.train import TrainingAdversary
+from moebench.training_adversary import TrainingAdversary
 
 SHAPE = (1, 8, 8)
 RECIPE = AdvMoERecipe(epochs=1, beta=3.0)

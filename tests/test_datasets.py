@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from moebench.datasets import DATASETS, Dataset, load_dataset
+from moebench.datasets import DATASETS, Dataset, load_dataset, load_training_splits
 from moebench.datasets._base import content_hash
 from moebench.datasets.digits import shares, split_ids
 from moebench.errors import RunError, UsageError
@@ -574,3 +574,37 @@ def test_svhn(own_data_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = check(load_dataset("svhn", n=3))
     assert data.labels.tolist() == [0, 1, 2] and data.num_classes == 10
     np.testing.assert_array_equal(data.images, x.transpose(3, 2, 0, 1)[:3] / np.float32(255))
+
+
+# --- training and validation
+
+
+@pytest.mark.parametrize(("count", "held"), [(10, 1), (57, 5), (61_000, 4692)])
+def test_every_tenth_sample_is_held_out_where_there_is_no_validation_split(
+    tmp_path: Path, count: int, held: int
+) -> None:
+    rng = np.random.default_rng(0)
+    images, labels = rng.integers(0, 256, (count, 1, 1, 1), dtype=np.uint8), np.arange(count) % 3
+    np.savez(tmp_path / "data.npz", x=images, y=labels)
+    name = f"npz:{tmp_path / 'data.npz'}"
+    whole = load_dataset(name)
+    train, val = load_training_splits(name)
+    assert (len(train), len(val)) == (count - held, held)
+    assert sorted([*train.ids, *val.ids]) == list(range(count)), "each sample once"
+    for part in (train, val):
+        assert np.array_equal(part.images, whole.images[part.ids])
+        assert np.array_equal(part.labels, whole.labels[part.ids])
+        assert part.class_names == whole.class_names
+    assert len({train.sha256, val.sha256, whole.sha256}) == 3
+    assert (train.split, val.split) == ("train", "val")
+
+
+def test_splits_of_the_data_set_come_first() -> None:
+    train, val = load_training_splits("digits")
+    assert (train.sha256, val.sha256) == tuple(load_dataset("digits", split=one).sha256 for one in ("train", "val"))
+
+
+def test_too_little_training_data_is_refused(tmp_path: Path) -> None:
+    np.savez(tmp_path / "data.npz", x=np.zeros((9, 8, 8, 1), np.uint8), y=np.arange(9))
+    with pytest.raises(UsageError, match="has 9 training samples and no validation split; at least 10 are needed"):
+        load_training_splits(f"npz:{tmp_path / 'data.npz'}")

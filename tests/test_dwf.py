@@ -211,7 +211,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Both models on a few digits, interrupted three times, the joint one also without interruption."""
     out = tmp_path_factory.mktemp("dwf")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("moebench.train.load_dataset", lambda name, split: load_dataset(name, split=split, n=100))
+        patch.setattr(
+            "moebench.datasets._training.load_dataset", lambda name, split: load_dataset(name, split=split, n=100)
+        )
         return train_all(out)
 
 

@@ -18,7 +18,7 @@ from moebench.models._objectives import kl_divergence
 from moebench.models.ensemble import Ensemble, majority_vote
 from moebench.models.rt_er import ClassifierMoE, DualModel, all_experts_loss
 from moebench.schema import ThreatModel
-from moebench.train import TrainingAdversary
+from moebench.training_adversary import TrainingAdversary
 
 DIGITS, CIFAR, LARGE = (1, 8, 8), (3, 32, 32), (3, 224, 224)
 RESNET18, ROUTER = 11_173_962, 12_292

@@ -18,7 +18,7 @@ from moebench.models.ensemble import Ensemble
 from moebench.models.rt_er import ClassifierMoE, DualModel
 from moebench.registry import Declaration
 from moebench.schema import ThreatModel
-from moebench.train import TrainingAdversary
+from moebench.training_adversary import TrainingAdversary
 
 DIGITS, CIFAR = (1, 8, 8), (3, 32, 32)
 NAMES = MODELS.names()

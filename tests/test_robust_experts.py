@@ -18,7 +18,8 @@ from moebench.models._moe import MoELayer, forced_forward, moe_layers, record, s
 from moebench.models.robust_experts import BALANCING, LayerMoE, LayerMoERecipe
 from moebench.parts import part_of
 from moebench.schema import ThreatModel
-from moebench.train import TrainingAdversary, split_settings
+from moebench.train import split_settings
+from moebench.training_adversary import TrainingAdversary
 
 DIGITS, CIFAR, IMAGENET = (1, 8, 8), (3, 32, 32), (3, 224, 224)
 NAMES = [name for name in MODELS.names() if MODELS.get(name).build.__module__ == "moebench.models.robust_experts"]

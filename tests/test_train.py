@@ -33,18 +33,11 @@ from moebench.models._base import Adversary, Phase, Recipe, Shape, register_mode
 from moebench.models._objectives import STANDARD
 from moebench.models._resnet import resnet8
 from moebench.models._weights import read_weights
+from moebench.optimizers import make_optimizer, make_schedule
 from moebench.schema import ThreatModel
 from moebench.threat import within
-from moebench.train import (
-    EpochLog,
-    Trainer,
-    TrainingAdversary,
-    TrainSpec,
-    make_optimizer,
-    make_schedule,
-    split_settings,
-    train,
-)
+from moebench.train import EpochLog, Trainer, TrainSpec, split_settings, train
+from moebench.training_adversary import TrainingAdversary
 
 # Fewer steps than the recipes: the loop is the same and an epoch takes a fraction of a second.
 # One cycle, or the learning rate would be the same at the start of every epoch.
@@ -849,7 +842,7 @@ def test_checkpoint_on_other_data_is_refused(interrupted: Path, monkeypatch: pyt
         data = load_dataset(name, **options)
         return replace(data, sha256="0" * 64) if options["split"] == split else data
 
-    monkeypatch.setattr("moebench.train.load_dataset", changed)
+    monkeypatch.setattr("moebench.datasets._training.load_dataset", changed)
     assert "or on other data; delete it or use --fresh" in refused(spec(interrupted.parent))
 
 

@@ -32,7 +32,7 @@ from moebench.models._weights import (
     state_sha256,
 )
 from moebench.schema import ThreatModel
-from moebench.train import TrainingAdversary
+from moebench.training_adversary import TrainingAdversary
 
 FILES = sorted(SHIPPED.glob("*/*.safetensors"))
 shipped = pytest.mark.parametrize("path", FILES, ids=[f"{path.parent.name}-{path.stem}" for path in FILES])

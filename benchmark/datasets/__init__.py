@@ -3,5 +3,15 @@
 from __future__ import annotations
 
 from moebench.datasets._base import DATASETS, Dataset, MissingSplit, Request, Samples, load_dataset, register_dataset
+from moebench.datasets._training import load_training_splits
 
-__all__ = ["DATASETS", "Dataset", "MissingSplit", "Request", "Samples", "load_dataset", "register_dataset"]
+__all__ = [
+    "DATASETS",
+    "Dataset",
+    "MissingSplit",
+    "Request",
+    "Samples",
+    "load_dataset",
+    "load_training_splits",
+    "register_dataset",
+]
