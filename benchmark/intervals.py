@@ -1,7 +1,9 @@
 """Interval bounds of a network's margins over a whole box of images (Gowal et al., 2018, arXiv 1810.12715).
 
-Sound over the reals: every image of the box has margins at least as large as the bound. Computed in float64 without
-outward rounding. Networks are traced by torch.fx; a layer that has no rule below makes the network one without bounds.
+Sound over the reals: every image of the box has margins at least as large as the bound. Computed in float64, each
+result widened by a bound of its rounding errors (Higham, 2002, Accuracy and Stability of Numerical Algorithms, lemma
+3.1: a sum of n products is off by at most γ_n = nu / (1 - nu) times the sum of their magnitudes, in whatever order).
+Networks are traced by torch.fx; a layer that has no rule below makes the network one without bounds.
 """
 
 from __future__ import annotations
@@ -17,6 +19,17 @@ from typing_extensions import override
 
 from moebench.errors import UsageError
 
+UNIT = 2.0**-53
+"""Unit roundoff of float64."""
+
+
+def rounding(terms: int) -> float:
+    """A bound of the relative error of a sum of so many products of non-negative numbers; generous by a factor of four.
+
+    The factor covers the operations around the sum, the rounding of this bound and of what it is multiplied with.
+    """
+    return 4 * (terms + 4) * UNIT
+
 
 class Interval(NamedTuple):
     """Values between `center - radius` and `center + radius`, element by element."""
@@ -24,14 +37,26 @@ class Interval(NamedTuple):
     center: Tensor
     radius: Tensor
 
+    @property
+    def magnitude(self) -> Tensor:
+        """The largest absolute value in it."""
+        return self.center.abs() + self.radius
+
+    def widened(self, magnitude: Tensor, terms: int) -> Interval:
+        """With room for the rounding of sums of so many terms, whose magnitudes add up to `magnitude`."""
+        return Interval(self.center, self.radius + rounding(terms) * magnitude)
+
     def map(self, function: Callable[[Tensor], Tensor]) -> Interval:
-        """The image under a function that is the same affine, non-negative one on both (a mean, a reshaping)."""
-        return Interval(function(self.center), function(self.radius))
+        """The image under a function that is the same linear, non-negative one on both (a mean, a reshaping)."""
+        made = Interval(function(self.center), function(self.radius))
+        terms = -(-self.center.numel() // max(made.center.numel(), 1))
+        return made if terms == 1 else made.widened(function(self.magnitude), terms)
 
     def rising(self, function: Callable[[Tensor], Tensor]) -> Interval:
-        """The image under a function that rises in every argument."""
-        low, high = function(self.center - self.radius), function(self.center + self.radius)
-        return Interval((high + low) / 2, (high - low) / 2)
+        """The image under a function that rises in every argument and gives no value that is larger than they are."""
+        spare = rounding(1) * self.magnitude
+        low, high = function(self.center - self.radius - spare), function(self.center + self.radius + spare)
+        return Interval((high + low) / 2, (high - low) / 2).widened(high.abs() + low.abs(), 1)
 
 
 class Head(NamedTuple):
@@ -67,16 +92,22 @@ class IntervalNetwork(fx.Interpreter):
         if isinstance(module, nn.Linear):
             if self._current is self._last:
                 return Head(x, module)
-            return Interval(module(x.center), F.linear(x.radius, module.weight.abs()))
-        if isinstance(module, nn.Conv2d) and module.padding_mode == "zeros" and not isinstance(module.padding, str):
-            radius = F.conv2d(
-                x.radius, module.weight.abs(), None, module.stride, module.padding, module.dilation, module.groups
+            weight, bias = module.weight.abs(), _size(module.bias)
+            return Interval(module(x.center), F.linear(x.radius, weight)).widened(
+                F.linear(x.magnitude, weight, bias), weight.shape[1]
             )
-            return Interval(module(x.center), radius)
+        if isinstance(module, nn.Conv2d) and module.padding_mode == "zeros" and not isinstance(module.padding, str):
+            weight, bias = module.weight.abs(), _size(module.bias)
+            geometry = (module.stride, module.padding, module.dilation, module.groups)
+            return Interval(module(x.center), F.conv2d(x.radius, weight, None, *geometry)).widened(
+                F.conv2d(x.magnitude, weight, bias, *geometry), weight[0].numel()
+            )
         if isinstance(module, nn.BatchNorm2d) and module.running_var is not None:
             assert module.weight is not None
-            scale = module.weight.abs() / (module.running_var + module.eps).sqrt()
-            return Interval(module(x.center), x.radius * scale.view(1, -1, 1, 1))
+            assert module.running_mean is not None
+            scale = (module.weight.abs() / (module.running_var + module.eps).sqrt()).view(1, -1, 1, 1)
+            shift, bias = (one.abs().view(1, -1, 1, 1) for one in (module.running_mean, module.bias))
+            return Interval(module(x.center), x.radius * scale).widened((x.magnitude + shift) * scale + bias, 8)
         if isinstance(module, nn.ReLU | nn.MaxPool2d):
             return x.rising(lambda t: F.relu(t) if isinstance(module, nn.ReLU) else module(t))
         if isinstance(module, nn.Identity | nn.Flatten | nn.AvgPool2d | nn.AdaptiveAvgPool2d):
@@ -92,7 +123,7 @@ class IntervalNetwork(fx.Interpreter):
             return intervals[0].rising(F.relu)
         if target in (operator.add, operator.iadd, torch.add) and len(intervals) == 2:
             one, two = intervals
-            return Interval(one.center + two.center, one.radius + two.radius)
+            return Interval(one.center + two.center, one.radius + two.radius).widened(one.magnitude + two.magnitude, 2)
         if target is torch.flatten:
             return intervals[0].map(lambda t: torch.flatten(t, *args[1:], **kwargs))
         raise UsageError(f"no interval bounds for the operation {getattr(target, '__name__', target)}")
@@ -122,10 +153,17 @@ def margin_bounds(network: IntervalNetwork, box: Interval, y: Tensor) -> Tensor:
 
 
 def linear_margins(layer: nn.Linear, x: Interval, y: Tensor) -> Tensor:
-    """Exact minima of z_y - z_j of a linear layer over a box of its inputs, (B, K); infinite at j = y."""
+    """Minima of z_y - z_j of a linear layer over a box of its inputs, (B, K), less rounding; infinite at j = y."""
     weight, bias = layer.weight, layer.bias
     rows = weight[y].unsqueeze(1) - weight
     low = (rows * x.center.unsqueeze(1) - rows.abs() * x.radius.unsqueeze(1)).sum(dim=2)
+    size = (rows.abs() * x.magnitude.unsqueeze(1)).sum(dim=2)
     if bias is not None:
         low = low + bias[y].unsqueeze(1) - bias
+        size = size + bias[y].abs().unsqueeze(1) + bias.abs()
+    low = low - rounding(2 * weight.shape[1]) * size
     return low.masked_fill(F.one_hot(y, len(weight)).bool(), float("inf"))
+
+
+def _size(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias.abs()

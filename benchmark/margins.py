@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from moebench.attacks._projections import random_start
 from moebench.attacks._random import sample_keys
 from moebench.errors import UsageError
-from moebench.intervals import Interval, IntervalNetwork, linear_margins, margin_bounds
+from moebench.intervals import Interval, IntervalNetwork, linear_margins, margin_bounds, rounding
 from moebench.models._base import Normalize, NormalizedClassifier
 from moebench.models.ensemble import Ensemble
 from moebench.models.rt_er import ClassifierMoE, DualModel
@@ -122,12 +122,18 @@ def certifiable(model: nn.Module) -> Bounds:
         return lambda box, y: margin_bounds(network, _normalized(normalize, box), y)
     if isinstance(model, Ensemble) and model.combination == "mean":
         members, scale = [IntervalNetwork(member) for member in model.members], model.normalize
-        return lambda box, y: torch.stack([margin_bounds(one, _normalized(scale, box), y) for one in members]).mean(0)
+        return lambda box, y: _mean(torch.stack([margin_bounds(one, _normalized(scale, box), y) for one in members]))
     if isinstance(model, ClassifierMoE):
         return _moe_bounds(model)
     if isinstance(model, DualModel):
         return _dual_bounds(model)
     raise UsageError(f"no certificate for a model of this kind ({type(model).__name__})")
+
+
+def _mean(bounds: Tensor) -> Tensor:
+    """The mean over the first dimension, less what rounding may have added; infinite entries stay so."""
+    low = bounds.mean(dim=0)
+    return torch.where(low.isinf(), low, low - rounding(len(bounds)) * bounds.abs().mean(dim=0))
 
 
 def _moe_bounds(model: ClassifierMoE) -> Bounds:
@@ -158,7 +164,9 @@ def _dual_bounds(model: DualModel) -> Bounds:
         if model.mixing == "probabilities":
             low = [_probability_margins(half, own) for half in low]
         standard, robust = (half.masked_fill(own, 0.0) for half in low)
-        return ((1 - model.alpha) * standard + model.alpha * robust).masked_fill(own, float("inf"))
+        size = standard.abs() + robust.abs()
+        mixed = (1 - model.alpha) * standard + model.alpha * robust - rounding(4) * size
+        return mixed.masked_fill(own, float("inf"))
 
     return bounds
 
@@ -170,11 +178,13 @@ def _probability_margins(low: Tensor, own: Tensor) -> Tensor:
     """
     ratios = (-low).exp().masked_fill(own, 0.0)
     label = 1 / (1 + ratios.sum(dim=1, keepdim=True))
-    return torch.where(low >= 0, label * (1 - ratios), -torch.ones_like(low))
+    # The exponential is right to a few units in the last place, and so are the sums of at most 1 that follow.
+    return torch.where(low >= 0, label * (1 - ratios) - rounding(low.shape[1]), -torch.ones_like(low))
 
 
 def _normalized(normalize: Normalize, box: Interval) -> Interval:
-    return Interval(normalize(box.center), box.radius / normalize.std)
+    size = (box.magnitude + normalize.mean.abs()) / normalize.std
+    return Interval(normalize(box.center), box.radius / normalize.std).widened(size, 4)
 
 
 def certified_radius(bounds: Bounds, x: Tensor, y: Tensor, *, smallest: float = 1e-7, steps: int = 18) -> Tensor:
@@ -194,7 +204,8 @@ def certified_radius(bounds: Bounds, x: Tensor, y: Tensor, *, smallest: float = 
     def proven(radius: Tensor) -> Tensor:
         reach = radius.view(-1, 1, 1, 1)
         low, high = (x - reach).clamp_min(0), (x + reach).clamp_max(1)
-        return bounds(Interval((low + high) / 2, (high - low) / 2), y).amin(dim=1) > 0
+        box = Interval((low + high) / 2, (high - low) / 2).widened(high, 2)
+        return bounds(box, y).amin(dim=1) > 0
 
     good = torch.full((len(x),), smallest, dtype=torch.float64, device=x.device)
     bad = torch.ones_like(good)
