@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,8 +12,9 @@ from typing import IO, Any, cast
 
 import numpy as np
 
-from moebench.datasets._base import FloatImages, first_line
-from moebench.errors import RunError, UsageError
+from moebench.archives import read_npz
+from moebench.datasets._base import FloatImages
+from moebench.errors import RunError, UsageError, first_line
 from moebench.schema import NORMS, Norm, ThreatModel
 
 FORMAT = "moebench universal perturbation 1"
@@ -136,33 +135,15 @@ def check_shape(path: Path, file: DeltaFile, shape: tuple[int, int, int], datase
 
 
 def _arrays(path: Path) -> tuple[np.typing.NDArray[Any], str]:
-    if not path.is_file():
-        raise UsageError(f"{path}: there is no such file; --load wants one that --save wrote")
-    if not os.access(path, os.R_OK):
-        raise UsageError(f"{path}: may not be read; check the permissions of the file")
-    if not zipfile.is_zipfile(path):
-        raise UsageError(f"{path}: not an npz archive; --load wants a file that --save wrote")
-    try:
-        with zipfile.ZipFile(path) as members:
-            large = [item.filename for item in members.infolist() if item.file_size > MAX_BYTES]
-        if large:
-            raise ValueError(f"{large[0]} is larger than any image")
-        with np.load(path, allow_pickle=False) as archive:
-            found = list(archive.files)
-            arrays = {key: archive[key] for key in ("delta", "metadata") if key in found}
-    # A damaged archive makes zipfile, zlib and numpy raise a dozen kinds of error; all mean the same to the user.
-    except Exception as error:
-        if "Object arrays" in str(error):
-            raise UsageError(
-                f"{path}: holds pickled objects, which are never loaded; save plain number arrays"
-            ) from None
-        raise UsageError(f"{path}: cannot be read ({first_line(error)}); make it again with --save") from None
-    missing = [key for key in ("delta", "metadata") if not isinstance(arrays.get(key), np.ndarray)]
-    if missing:
-        held = ", ".join(found) or "nothing"
-        raise UsageError(
-            f"{path}: no array {' and '.join(missing)} in it, it holds {held}; expected delta and metadata"
-        )
+    arrays = read_npz(
+        path,
+        ("delta", "metadata"),
+        wants="--load wants one that --save wrote",
+        hint="--load wants a file that --save wrote",
+        again="make it again with --save",
+        meaning="delta and metadata",
+        max_bytes=MAX_BYTES,
+    )
     if arrays["metadata"].dtype.kind != "U" or arrays["metadata"].ndim != 0:
         raise UsageError(f"{path}: metadata must be one JSON text, got {arrays['metadata'].dtype}")
     return arrays["delta"], str(arrays["metadata"])

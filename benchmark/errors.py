@@ -23,3 +23,9 @@ class RunError(MoebenchError):
     """A run that was asked for correctly failed while it worked: exit code 1."""
 
     exit_code = 1
+
+
+def first_line(error: BaseException) -> str:
+    """The error of a library in one line, for use inside a message of ours."""
+    text = str(error).strip().splitlines()
+    return text[0] if text else type(error).__name__

@@ -193,9 +193,3 @@ def content_hash(images: FloatImages, labels: IntArray) -> str:
     digest.update(np.ascontiguousarray(images, dtype="<f4").data)
     digest.update(np.ascontiguousarray(labels, dtype="<i8").data)
     return digest.hexdigest()
-
-
-def first_line(error: BaseException) -> str:
-    """The error of a library in one line, for use inside a message of ours."""
-    text = str(error).strip().splitlines()
-    return text[0] if text else type(error).__name__

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from moebench.datasets._base import SINGLE_SPLIT, FloatImages, Request, Samples, first_line, register_dataset
-from moebench.errors import UsageError
+from moebench.datasets._base import SINGLE_SPLIT, FloatImages, Request, Samples, register_dataset
+from moebench.errors import UsageError, first_line
 
 SPLITS = ("train", "val", "test")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")

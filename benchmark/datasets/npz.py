@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moebench.datasets._base import SINGLE_SPLIT, FloatImages, Request, Samples, first_line, register_dataset
+from moebench.archives import read_npz
+from moebench.datasets._base import SINGLE_SPLIT, FloatImages, Request, Samples, register_dataset
 from moebench.errors import UsageError
 from moebench.schema import IntArray
 
@@ -32,7 +31,15 @@ def npz(request: Request) -> Samples:
     """
     split = request.choose_split((SINGLE_SPLIT,))
     path = Path(request.argument).expanduser()
-    arrays = read_arrays(path)
+    arrays = read_npz(
+        path,
+        ("x", "y"),
+        ("class_names",),
+        wants="npz:FILE wants a NumPy archive with x and y",
+        hint="write one with numpy.savez(FILE, x=images, y=labels)",
+        again="write it again with numpy.savez",
+        meaning="x (images) and y (labels)",
+    )
     x, y = arrays["x"], arrays["y"]
     if x.ndim and y.ndim and len(x) != len(y):
         raise UsageError(f"{path}: x has {len(x)} images but y has {len(y)} labels; they must be as many")
@@ -41,38 +48,6 @@ def npz(request: Request) -> Samples:
     images = to_images(path, x, kept)
     names = check_names(path, arrays.get("class_names"), int(labels.max()) + 1)
     return Samples(split, images, labels[:kept], np.arange(kept, dtype=np.int64), names)
-
-
-def read_arrays(path: Path) -> dict[str, Array]:
-    """The arrays `x`, `y` and, where present, `class_names`. Pickled objects are refused, never loaded.
-
-    Raises:
-        UsageError: the file is missing, damaged, not an npz archive, or lacks x or y.
-    """
-    if not path.is_file():
-        raise UsageError(f"{path}: there is no such file; npz:FILE wants a NumPy archive with x and y")
-    if not os.access(path, os.R_OK):
-        raise UsageError(f"{path}: may not be read; check the permissions of the file")
-    if not zipfile.is_zipfile(path):
-        raise UsageError(f"{path}: not an npz archive; write one with numpy.savez(FILE, x=images, y=labels)")
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            found = list(archive.files)
-            arrays = {key: archive[key] for key in ("x", "y", "class_names") if key in found}
-    # A damaged archive makes zipfile, zlib and numpy raise a dozen kinds of error; all mean the same to the user.
-    except Exception as error:
-        if "Object arrays" in str(error):
-            raise UsageError(
-                f"{path}: holds pickled objects, which are never loaded; save plain number arrays"
-            ) from None
-        raise UsageError(f"{path}: cannot be read ({first_line(error)}); write it again with numpy.savez") from None
-    missing = [key for key in ("x", "y") if not isinstance(arrays.get(key), np.ndarray)]
-    if missing:
-        held = ", ".join(found) or "nothing"
-        raise UsageError(
-            f"{path}: no array {' and '.join(missing)} in it, it holds {held}; expected x (images) and y (labels)"
-        )
-    return arrays
 
 
 def check_labels(path: Path, y: Array) -> IntArray:

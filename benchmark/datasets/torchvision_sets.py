@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from moebench.datasets._base import Request, Samples, first_line, register_dataset
-from moebench.errors import UsageError
+from moebench.datasets._base import Request, Samples, register_dataset
+from moebench.errors import UsageError, first_line
 
 if TYPE_CHECKING:
     from torchvision.datasets import CIFAR10  # type: ignore[import-untyped]
