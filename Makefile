@@ -72,20 +72,11 @@ zoo: $(VENV)/.runtime
 	for model in $$($(BIN)/moebench list models | awk '{print $$1}'); do \
 		$(BIN)/moebench train --model $$model --dataset digits --out models/weights/digits || exit 1; done
 
-# Runs what results.db lacks of the digits leaderboard, for the models whose weights are there; one thread, so that the
-# numbers do not depend on the cores.
+# Runs what results.db lacks of the digits leaderboard; one thread, so that the numbers do not depend on the cores.
 results: export OMP_NUM_THREADS = 1
 results: $(VENV)/.runtime
-	for model in $$($(BIN)/moebench list models | awk '{print $$1}'); do \
-		test -f models/weights/digits/$$model.safetensors || continue; \
-		$(BIN)/moebench evaluate --model $$model --attack fgsm,pgd-50,autoattack || exit 1; done
-	for model in $$($(BIN)/moebench list models | awk '$$2 == "moe" || $$2 == "dual" {print $$1}'); do \
-		test -f models/weights/digits/$$model.safetensors || continue; \
-		$(BIN)/moebench evaluate --model $$model --attack moe-adaptive || exit 1; done
-	for model in st-moe at-moe trades-moe rt-er rt-er-top2 rt-er-official dual-moe jtd-moe; do \
-		$(BIN)/moebench evaluate --model $$model --attack smooth-pgd-50 || exit 1; \
-		$(BIN)/moebench evaluate --model $$model --attack pgd-50 --view straight-through || exit 1; done
-	$(BIN)/moebench evaluate --model dual-moe --set mixing=probabilities --attack fgsm,pgd-50
+	$(BIN)/moebench sweep --suite v1 --datasets digits
+	$(BIN)/moebench evaluate --model dual-moe --set mixing=probabilities --attack fgsm,pgd-50,universal-pgd
 	$(BIN)/moebench evaluate --model dual-moe --set mixing=probabilities --attack autoattack,moe-adaptive --view whole
 	$(BIN)/moebench report --out reports
 

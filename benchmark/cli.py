@@ -18,6 +18,7 @@ from moebench.commands.experts import experts_command
 from moebench.commands.listing import list_command
 from moebench.commands.report import report_command
 from moebench.commands.show import show_command
+from moebench.commands.sweep import sweep_command
 from moebench.commands.train import train_command
 from moebench.commands.transfer import transfer_command
 from moebench.commands.universal import universal_command
@@ -33,6 +34,7 @@ def cli() -> None:
 
 for command in (
     evaluate_command,
+    sweep_command,
     train_command,
     transfer_command,
     universal_command,

@@ -250,9 +250,21 @@ def plan_cells(
     return tuple(cells)
 
 
+def applies(plan: AttackPlan, loaded: LoadedModel) -> bool:
+    """Whether an attack has something to do on a model: those on the routing need some."""
+    try:
+        fitted = plan.fitted(loaded.module)
+    except UsageError:
+        return False
+    return not (_through_routing(fitted) and default_views(loaded.module) == ["whole"])
+
+
+def _through_routing(plan: AttackPlan) -> bool:
+    return plan.views not in (None, ("whole",)) or any(stage.view is not None for stage in plan.stages)
+
+
 def _views_of(plan: AttackPlan, spec: EvalSpec, loaded: LoadedModel) -> Sequence[str]:
-    through_routing = plan.views not in (None, ("whole",)) or any(stage.view is not None for stage in plan.stages)
-    if through_routing and default_views(loaded.module) == ["whole"]:
+    if _through_routing(plan) and default_views(loaded.module) == ["whole"]:
         raise UsageError(f"attack {plan.name!r} needs a model with routing; {loaded.record.name} has none")
     if plan.views is None:
         return list(dict.fromkeys(spec.views)) or default_views(loaded.module)

@@ -13,8 +13,8 @@ from moebench.schema import ThreatModel, format_eps, is_protocol
 
 if TYPE_CHECKING:
     from moebench.evaluation import EvalSpec, PlannedCell
+    from moebench.radii import Sweep
     from moebench.summary import Summary
-    from moebench.sweep import Sweep
 
 
 def in_words(cell: PlannedCell) -> str:

@@ -11,8 +11,8 @@ from moebench.metrics import wilson
 from moebench.schema import ResultRecord, format_eps
 
 if TYPE_CHECKING:
+    from moebench.radii import Sweep
     from moebench.summary import Summary
-    from moebench.sweep import Sweep
 
 LABELS = {"ra": "RA", "ra_e": "RA-E", "ra_r": "RA-R", "ra_smoe": "RA-SMoE", "ra_rmoe": "RA-RMoE"}
 HEADINGS = ("attack", "view", "acc %", "95 % interval", "rerouted %", "forwards", "backwards", "seconds")

@@ -142,7 +142,7 @@ def _texts(radii: dict[float, str], cold: bool, spec: EvalSpec) -> list[str]:
 def _sweep(spec: EvalSpec, commands: dict[float, str], *, cold: bool, as_json: bool, dry_run: bool) -> None:
     """Evaluates, or plans, at the radii that are the keys of `commands`."""
     from moebench.commands._progress import listening
-    from moebench.sweep import plan_sweep, sweep
+    from moebench.radii import plan_sweep, sweep
 
     radii = list(commands)
     if dry_run:

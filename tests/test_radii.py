@@ -26,13 +26,13 @@ from moebench.attacks.pgd import PGD
 from moebench.commands._tables import curve_lines
 from moebench.errors import UsageError
 from moebench.evaluation import EvalSpec, Progress
+from moebench.radii import sweep
 from moebench.registry import attack_registry
 from moebench.report import render, tables
 from moebench.report.curves import COLUMNS, curves, curves_csv
 from moebench.report.evidence import attack_key
 from moebench.schema import WARM_START, Outcomes, StoredResult, ThreatModel, parse_radii
 from moebench.store import Store
-from moebench.sweep import sweep
 
 RADII = (0.1, 0.2, 0.4, 0.9)
 """On these FGSM alone is no falling curve for the model: its single step goes too far."""

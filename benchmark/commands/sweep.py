@@ -1,0 +1,80 @@
+"""`moebench sweep`: what the store lacks of a suite, over models and data sets."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from moebench.commands._guard import users_code
+from moebench.commands._names import check_names
+from moebench.commands._options import database_option, debug_option, seed_option, split_names
+from moebench.schema import SUITE_VERSION, SUITES, ThreatModel, parse_eps
+
+if TYPE_CHECKING:
+    from moebench.suite import Swept
+
+
+@click.command("sweep")
+@click.option(
+    "--suite", default=SUITE_VERSION, show_default=True, type=click.Choice(list(SUITES)), help="Suite version."
+)
+@click.option("--models", default="", metavar="A[,B…]", help="Models [default: all whose weights are shipped].")
+@click.option("--datasets", default="digits", show_default=True, metavar="A[,B…]", help="Data sets, as for `evaluate`.")
+@click.option("--norm", default="Linf", show_default=True, type=click.Choice(["Linf", "L2"]), help="Norm of the ball.")
+@click.option("--eps", metavar="E", help="Radius, such as 8/255 or 0.03 [default: each data set's].")
+@click.option("--n", type=int, metavar="N", help="Only the first N samples of each.")
+@click.option("--batch-size", type=int, metavar="N", help="Rows that run together [default: by image size].")
+@click.option("--device", default="cpu", show_default=True, help="Torch device, such as cuda.")
+@seed_option("Seed of random starts and proposals.")
+@database_option
+@click.option("--dry-run", is_flag=True, help="Only say what is missing, and how many passes it takes at most.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
+@debug_option
+@click.pass_context
+def sweep_command(
+    context: click.Context,
+    /,
+    suite: str,
+    models: str,
+    datasets: str,
+    eps: str | None,
+    dry_run: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Run what the database lacks of a suite, for many models; failures are told at the end."""
+    radius = None if eps is None else parse_eps(eps)
+    if radius is not None:
+        ThreatModel(options["norm"], radius)
+    names, data = split_names(models), split_names(datasets)
+    for name in names:
+        check_names(name, SUITES[suite], ())
+
+    from moebench.commands._sweeping import say_planned_suite, say_swept, watching
+    from moebench.commands.evaluate import command_line
+    from moebench.evaluation import EvalSpec
+    from moebench.suite import plan_suite, run_suite
+
+    def command(spec: EvalSpec) -> str:
+        return command_line(spec.model, spec.dataset, spec.attacks, (), eps, (), options)
+
+    base = EvalSpec(model="", eps=radius, **options)
+    with watching() as watcher, users_code():
+        planned = plan_suite(base, suite, names, data, watcher)
+        swept: Swept | None = None if dry_run else run_suite(planned, command, watcher)
+    if swept is None:
+        if as_json:
+            plans = [plan.to_json() for plan in planned.plans]
+            click.echo(json.dumps({"suite": suite, "models": plans, "failures": list(map(str, planned.failures))}))
+        else:
+            say_planned_suite(planned)
+    elif as_json:
+        runs = [summary.to_json() for summary in swept.summaries]
+        found = {"suite": suite, "complete": swept.complete, "runs": runs, "failures": list(map(str, swept.failures))}
+        click.echo(json.dumps(found))
+    else:
+        say_swept(swept)
+    if (planned if swept is None else swept).failures:
+        context.exit(1)
