@@ -31,6 +31,9 @@ PROTOCOL_VERSION = "1"
 SUITE_VERSION = "v1"
 """Version of the attack definitions that `moebench list attacks` prints."""
 
+SUITES = {"v1": ("fgsm", "pgd-50", "smooth-pgd-50", "autoattack")}
+"""Suite version -> the attacks that a complete row of its leaderboard has. A published suite never changes."""
+
 WARM_START = "warm-start"
 """Stage and parameter of a cell that takes over the adversarial images of a smaller radius."""
 

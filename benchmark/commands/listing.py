@@ -10,10 +10,7 @@ import click
 
 from moebench.commands._options import debug_option
 from moebench.registry import LIBRARY, Declaration, attack_registry, model_registry, objective_registry
-from moebench.schema import PROTOCOL_VERSION, SUITE_VERSION
-
-SUITES = {"v1": ("fgsm", "pgd-50", "smooth-pgd-50", "autoattack")}
-"""Suite version -> the attacks that a complete row of its leaderboard has. A published suite never changes."""
+from moebench.schema import PROTOCOL_VERSION, SUITE_VERSION, SUITES
 
 LIBRARY_ROW = Declaration(
     LIBRARY, LIBRARY, LIBRARY, {"argument": "NAME", "summary": "an attack class of torchattacks, such as MIFGSM"}
