@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from moebench.report.evidence import ReadableStore
-from moebench.schema import Claim, Outcomes, StoredResult, StoredRun
+from moebench.schema import Claim, Example, IntArray, Outcomes, ProtocolRecord, StoredResult, StoredRun
 
 
 class Cached:
@@ -17,6 +17,7 @@ class Cached:
         self._runs: Sequence[StoredRun] | None = None
         self._results: dict[bool, Sequence[StoredResult]] = {}
         self._outcomes: dict[int, Outcomes] = {}
+        self._labels: dict[ProtocolRecord, IntArray | None] = {}
 
     def results(self, *, newest_only: bool = True) -> Sequence[StoredResult]:
         """Finished cells; without `newest_only` also those that a later one replaces."""
@@ -29,6 +30,16 @@ class Cached:
         if result_id not in self._outcomes:
             self._outcomes[result_id] = self._store.outcomes(result_id)
         return self._outcomes[result_id]
+
+    def labels(self, protocol: ProtocolRecord, /) -> IntArray | None:
+        """The labels (n,) of a protocol's samples; None where they are not stored."""
+        if protocol not in self._labels:
+            self._labels[protocol] = self._store.labels(protocol)
+        return self._labels[protocol]
+
+    def examples(self, result_id: int, /) -> Sequence[Example]:
+        """A few samples that a result broke, as pictures; asked for once each, so not kept."""
+        return self._store.examples(result_id)
 
     def claims(self) -> Sequence[Claim]:
         """The published numbers."""
