@@ -357,7 +357,12 @@ def test_the_stored_command_gives_the_same_numbers(moebench: Terminal) -> None:
 
 def test_the_report_ranks_no_parts_and_has_one_column(moebench: Terminal) -> None:
     moebench("transfer", "--models", f"{DENSE},{MOE},{EXPERT}", "--attack", "fgsm", "--n", 20)
+    with Store.open("results.db", write=False) as store:
+        run = store.runs()[-1]
+    said = moebench("show", run.run_id).out
+    assert all(f"transfer from {source} (fgsm)" in said for source in (DENSE, MOE, EXPERT))
     assert moebench("report", "--out", "reports").code == 0
+    assert f"<bdi>{EXPERT}</bdi>" in Path("reports/transfer.html").read_text()
     with (moebench.folder / "reports/data/leaderboard.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert {row["model"] for row in rows} == {DENSE, MOE}

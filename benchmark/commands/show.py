@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import click
@@ -49,6 +50,7 @@ def _show_run(run: StoredRun) -> None:
     from rich.markup import escape
 
     from moebench.commands._tables import results_lines, standard_output
+    from moebench.report.transfers import attack_title
 
     console = standard_output()
     protocol, environment = run.protocol, run.environment
@@ -67,27 +69,29 @@ def _show_run(run: StoredRun) -> None:
     console.print(f"  started     {run.started_at}, on {machine}")
     versions = environment.get("versions") or {}
     console.print("  versions    " + ", ".join(f"{name} {value}" for name, value in versions.items() if value))
-    for line in results_lines([result.record for result in run.results], console.width):
+    titles = [attack_title(result) for result in run.results]
+    records = [replace(one.record, attack=title) for one, title in zip(run.results, titles, strict=True)]
+    for line in results_lines(records, console.width):
         console.print(line)
-    for result in run.results:
+    for result, title in zip(run.results, map(escape, titles), strict=True):
         source = result.cell.parameters.get(WARM_START)
         if source is not None:
             taken = int(result.record.stages.get(WARM_START, {}).get("broken", 0))
             console.print(
-                f"  {result.record.attack} on {escape(result.record.view)}: warm start, {taken} samples taken over "
+                f"  {title} on {escape(result.record.view)}: warm start, {taken} samples taken over "
                 f"from eps {format_eps(source['eps'])} (result {source['fingerprint'][:16]}…)"
             )
         before, after = result.record.losses
         if before is not None and after is not None:
             console.print(
-                f"  {result.record.attack} on {escape(result.record.view)}: predictions changed "
+                f"  {title} on {escape(result.record.view)}: predictions changed "
                 f"{result.record.changed_predictions:.1%}, loss {before:.3f} → {after:.3f}"
             )
         for line in explain(result.cell.attack, result.cell.parameters):
             console.print(f"  {escape(result.cell.attack)}: {escape(line)}")
         for layer in result.record.routing:
             console.print(
-                f"  {result.record.attack} on {escape(result.record.view)}, layer {layer.name}: routes changed "
+                f"  {title} on {escape(result.record.view)}, layer {layer.name}: routes changed "
                 f"{layer.changed:.1%}, IoU {layer.iou:.3f}, "
                 f"entropy {layer.entropy_clean:.3f} → {layer.entropy_adv:.3f}, "
                 f"load {_loads(layer.load_clean)} → {_loads(layer.load_adv)}"

@@ -10,19 +10,27 @@ from contextlib import suppress
 from pathlib import Path
 
 from moebench.errors import UsageError
-from moebench.report import curves, exports, html, latex, tables
+from moebench.report import curves, exports, html, latex, pages, tables
+from moebench.report.cached import Cached
 from moebench.report.evidence import ReadableStore
+from moebench.report.snapshot import Snapshot
 
 __all__ = ["ReadableStore", "render", "write_report"]
 
-OURS = (("models", "*.html", f'content="{html.GENERATOR}"'), ("tables", "*.tex", "% moebench:"))
+OURS = (
+    ("models", "*.html", f'content="{html.GENERATOR}"'),
+    (".", pages.CHANGES, f'content="{html.GENERATOR}"'),
+    ("tables", "*.tex", "% moebench:"),
+)
 """Folder, pattern and mark of the files that come and go with the rows of the store."""
 
 
-def render(store: ReadableStore) -> dict[str, str]:
-    """All files of the report as text, by their path inside the output folder."""
+def render(store: ReadableStore, since: Snapshot | None = None) -> dict[str, str]:
+    """All files of the report as text, by their path inside the output folder; `since` adds a page of changes."""
+    store = Cached(store)
     report = tables.build(store)
-    made = html.render(report)
+    extras = pages.build(store, report, since)
+    made = html.render(report, extras.pages) | dict(extras.data)
     made |= {f"tables/{name}": content for name, content in latex.render(report).items()}
     made["data/leaderboard.csv"] = exports.leaderboard_csv(report.boards)
     made["data/curves.csv"] = curves.curves_csv(store.results(newest_only=True))
@@ -30,15 +38,20 @@ def render(store: ReadableStore) -> dict[str, str]:
     return made
 
 
-def write_report(store: ReadableStore, out: Path) -> list[Path]:
+def write_report(store: ReadableStore, out: Path, since: Snapshot | None = None) -> list[Path]:
     """Writes the report into a folder, each file in one step; files of an earlier report that are no more go.
+
+    Args:
+        store: what to report.
+        out: the folder.
+        since: an earlier report's leaderboards, to say what changed. Read it before: `out` may be that report.
 
     Returns: the written files, sorted.
 
     Raises:
         UsageError: the folder cannot be made or written.
     """
-    made = render(store)
+    made = render(store, since)
     try:
         for name in sorted(made):
             _write(out / name, made[name])
@@ -68,7 +81,7 @@ def _write(path: Path, content: str) -> None:
 def _remove_stale(out: Path, made: set[str]) -> None:
     for folder, pattern, mark in OURS:
         for path in sorted((out / folder).glob(pattern)):
-            if f"{folder}/{path.name}" not in made and path.is_file() and mark in _opening(path):
+            if path.relative_to(out).as_posix() not in made and path.is_file() and mark in _opening(path):
                 path.unlink()
 
 

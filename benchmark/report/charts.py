@@ -18,6 +18,7 @@ class Chart:
     `option` is what ECharts draws; colours of text and axes follow the page's theme, `renderItem: "interval"` of a
     custom series with data [position, low, high] draws error bars. `words` say in a sentence or two what is to be seen.
     `head` and `rows` are the table of its numbers, which also stands in for the figure where no script runs.
+    `width` is the least width in pixels: on a narrower page the figure scrolls.
     """
 
     anchor: str
@@ -27,3 +28,4 @@ class Chart:
     head: tuple[str, ...]
     rows: Sequence[tuple[str, ...]]
     height: int = 320
+    width: int = 0

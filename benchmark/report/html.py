@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from functools import cache
 from importlib.resources import files
 from urllib.parse import quote
 
@@ -10,11 +12,23 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from moebench.report import text
 from moebench.report.evidence import public
-from moebench.report.tables import COMPONENTS, Report, flatten, plain
+from moebench.report.overlap import unit_label
+from moebench.report.pages import Page
+from moebench.report.tables import COMPONENTS, Report, flatten, page_name, plain
 from moebench.schema import format_eps
 
 ASSETS = files("moebench") / "templates" / "assets"
 GENERATOR = "moebench report"
+PAGES = (
+    ("Leaderboards", "index.html"),
+    ("Models", "index.html#models"),
+    ("Transfer", "transfer.html"),
+    ("Pareto", "pareto.html"),
+    ("Attacks", "attacks.html"),
+    ("Method", "method.html"),
+    ("Changes", "changes.html"),
+)
+"""Every page that the navigation may name, in its order."""
 
 
 def asset(name: str) -> str:
@@ -38,8 +52,13 @@ def arxiv_url(identifier: str | None) -> str | None:
     return f"https://arxiv.org/abs/{identifier}"
 
 
-def environment() -> Environment:
-    """Strict templates: everything is escaped, and a name that does not exist is an error."""
+@cache
+def environment(existing: tuple[str, ...] = ("index.html", "method.html")) -> Environment:
+    """Strict templates: everything is escaped, and a name that does not exist is an error. Compiled once.
+
+    Args:
+        existing: the pages that this report has; the navigation names no other.
+    """
     made = Environment(
         loader=PackageLoader("moebench", "templates"),
         autoescape=True,
@@ -61,17 +80,18 @@ def environment() -> Environment:
         href=quote,
         eps=format_eps,
         arxiv=arxiv_url,
+        unit=unit_label,
+        page_name=page_name,
     )
-    made.globals.update(generator=GENERATOR, components=COMPONENTS)
+    nav = tuple((name, file) for name, file in PAGES if file.partition("#")[0] in existing)
+    made.globals.update(generator=GENERATOR, components=COMPONENTS, nav=nav)
     return made
 
 
-def render(report: Report) -> dict[str, str]:
-    """The pages of a report by path."""
-    templates = environment()
-    pages = {
-        "index.html": templates.get_template("leaderboard.html").render(report=report, root=""),
-        "method.html": templates.get_template("method.html").render(report=report, root=""),
-    }
+def render(report: Report, pages: Sequence[Page] = ()) -> dict[str, str]:
+    """The pages of a report by path: leaderboards, models, and the given ones."""
+    templates = environment(("index.html", *(page.file for page in pages)))
+    made = {"index.html": templates.get_template("leaderboard.html").render(report=report, root="")}
+    made |= {page.file: templates.get_template(page.file).render(**page.facts, root="") for page in pages}
     model = templates.get_template("model.html")
-    return pages | assets() | {f"models/{page.page}": model.render(page=page, root="../") for page in report.models}
+    return made | assets() | {f"models/{page.page}": model.render(page=page, root="../") for page in report.models}

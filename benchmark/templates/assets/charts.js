@@ -23,15 +23,25 @@
     return { type: "group", children: [line(low[0], low[1], high[0], high[1])].concat(caps) };
   }
 
+  // What to say of a point is text of ours; a formatter given as a string would be escaped like HTML.
+  function tip(params) {
+    return (params.data && params.data.tip) || "";
+  }
+
   function themed(option) {
     option.series.forEach(function (series) {
       if (series.renderItem === "interval") { series.renderItem = interval; }
+      if (series.label) {
+        // A halo in the colour of the page keeps names legible on lines.
+        series.label = Object.assign({ color: colour("ink"), textBorderColor: colour("page"), textBorderWidth: 3 }, series.label);
+      }
     });
     option.textStyle = { fontFamily: getComputedStyle(document.body).fontFamily, color: colour("ink") };
     option.backgroundColor = "transparent";
     option.animation = false;
     option.tooltip = Object.assign({ renderMode: "richText", confine: true, backgroundColor: colour("raised"),
       borderColor: colour("strong"), textStyle: { color: colour("ink"), fontSize: 12 } }, option.tooltip);
+    if (option.tooltip.formatter === "tip") { option.tooltip.formatter = tip; }
     ["xAxis", "yAxis"].forEach(function (key) {
       [].concat(option[key] || []).forEach(function (axis) {
         var line = { lineStyle: { color: colour("strong") } };
@@ -49,11 +59,13 @@
 
   function draw(figure) {
     var place = figure.querySelector(".plot");
-    place.style.height = place.dataset.height + "px";
     var chart = echarts.getInstanceByDom(place) || echarts.init(place, null, { renderer: "svg" });
     chart.setOption(themed(JSON.parse(figure.querySelector("script").textContent)), true);
     if (drawn.indexOf(figure) < 0) {
       drawn.push(figure);
+      chart.on("click", function (event) {
+        if (event.data && event.data.link) { location.href = event.data.link; }
+      });
       new ResizeObserver(function () { chart.resize(); }).observe(place);
     }
   }
@@ -65,7 +77,13 @@
     });
   }, { rootMargin: "200px" });
   var figures = document.querySelectorAll("figure.chart");
-  figures.forEach(function (figure) { seen.observe(figure); });
+  figures.forEach(function (figure) {
+    // Room is made before anything is drawn, so that the page does not jump.
+    var place = figure.querySelector(".plot");
+    place.style.height = place.dataset.height + "px";
+    if (place.dataset.width) { place.style.minWidth = place.dataset.width + "px"; }
+    seen.observe(figure);
+  });
 
   // Paper shows all of them, in the colours of paper.
   addEventListener("beforeprint", function () { figures.forEach(draw); });
