@@ -10,17 +10,21 @@ from contextlib import suppress
 from pathlib import Path
 
 from moebench.errors import UsageError
-from moebench.report import curves, exports, html, latex, tables
+from moebench.report import curves, examples, exports, html, latex, tables
 from moebench.report.evidence import ReadableStore
 
 __all__ = ["ReadableStore", "render", "write_report"]
 
-OURS = (("models", "*.html", f'content="{html.GENERATOR}"'), ("tables", "*.tex", "% moebench:"))
+OURS = (
+    ("models", "*.html", f'content="{html.GENERATOR}"'),
+    (f"models/{examples.FOLDER}", "*.png", examples.MARK),
+    ("tables", "*.tex", "% moebench:"),
+)
 """Folder, pattern and mark of the files that come and go with the rows of the store."""
 
 
-def render(store: ReadableStore) -> dict[str, str]:
-    """All files of the report as text, by their path inside the output folder."""
+def render(store: ReadableStore) -> dict[str, str | bytes]:
+    """All files of the report, by their path inside the output folder: text, or the bytes of pictures."""
     report = tables.build(store)
     made = html.render(report)
     made |= {f"tables/{name}": content for name, content in latex.render(report).items()}
@@ -52,12 +56,15 @@ def write_report(store: ReadableStore, out: Path) -> list[Path]:
     return [out / name for name in sorted(made)]
 
 
-def _write(path: Path, content: str) -> None:
+def _write(path: Path, content: str | bytes) -> None:
     """Replaces a file in one step, so that a reader sees the old one or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.draft")
     try:
-        draft.write_text(content, encoding="utf-8", errors="backslashreplace", newline="\n")
+        if isinstance(content, bytes):
+            draft.write_bytes(content)
+        else:
+            draft.write_text(content, encoding="utf-8", errors="backslashreplace", newline="\n")
         os.replace(draft, path)
     except BaseException:
         with suppress(OSError):

@@ -10,7 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from moebench.report import text
 from moebench.report.evidence import public
-from moebench.report.tables import COMPONENTS, Report, flatten, plain
+from moebench.report.tables import COMPONENTS, Report
 from moebench.schema import format_eps
 
 ASSETS = files("moebench") / "templates" / "assets"
@@ -24,7 +24,7 @@ def asset(name: str) -> str:
 
 def assets() -> dict[str, str]:
     """What all pages share, by path: the style, the scripts, and the libraries with their licences."""
-    own = ("report.css", "report.js", "charts.js", "tablesort.min.js", "tablesort.LICENCE")
+    own = ("report.css", "report.js", "charts.js", "copy.js", "model.css", "tablesort.min.js", "tablesort.LICENCE")
     vendored = sorted(file.name for file in ASSETS.joinpath("vendor").iterdir())
     return {f"assets/{name}": asset(name) for name in own} | {
         f"assets/vendor/{name}": asset(f"vendor/{name}") for name in vendored
@@ -55,8 +55,10 @@ def environment() -> Environment:
         quantity=text.quantity,
         seconds=text.seconds,
         p_value=text.p_value,
-        flatten=flatten,
-        plain=plain,
+        flatten=text.flatten,
+        grouped=text.grouped,
+        moment=text.moment,
+        plain=text.plain,
         public=public,
         href=quote,
         eps=format_eps,
@@ -66,12 +68,15 @@ def environment() -> Environment:
     return made
 
 
-def render(report: Report) -> dict[str, str]:
-    """The pages of a report by path."""
+def render(report: Report) -> dict[str, str | bytes]:
+    """The pages of a report by path, and the pictures that they show."""
     templates = environment()
-    pages = {
+    pages: dict[str, str | bytes] = {
         "index.html": templates.get_template("leaderboard.html").render(report=report, root=""),
         "method.html": templates.get_template("method.html").render(report=report, root=""),
     }
     model = templates.get_template("model.html")
-    return pages | assets() | {f"models/{page.page}": model.render(page=page, root="../") for page in report.models}
+    for page in report.models:
+        pages[f"models/{page.page}"] = model.render(page=page, root="../")
+        pages |= {f"models/{path}": content for path, content in page.details.files.items()}
+    return pages | assets()
