@@ -126,7 +126,7 @@ def _write(out: Path, summary: TransferSummary) -> None:
 
 def matrix_csv(summary: TransferSummary) -> str:
     """One line per pair; text that a spreadsheet would run as a formula is quoted."""
-    from moebench.report.exports import safe
+    from moebench.report.text import safe
 
     facts = {key: getattr(summary, key) for key in ("attack", "dataset", "norm", "eps", "seed")}
     rows = [{**facts, **pair.to_json()} for pair in summary.matrix]

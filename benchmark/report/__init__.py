@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from moebench.errors import UsageError
-from moebench.report import curves, exports, html, latex, pages, tables
+from moebench.report import curves, examples, exports, html, latex, pages, tables
 from moebench.report.cached import Cached
 from moebench.report.evidence import ReadableStore
 from moebench.report.snapshot import Snapshot
@@ -20,13 +20,19 @@ __all__ = ["ReadableStore", "render", "write_report"]
 OURS = (
     ("models", "*.html", f'content="{html.GENERATOR}"'),
     (".", pages.CHANGES, f'content="{html.GENERATOR}"'),
+    (f"models/{examples.FOLDER}", "*.png", examples.MARK),
     ("tables", "*.tex", "% moebench:"),
 )
 """Folder, pattern and mark of the files that come and go with the rows of the store."""
 
 
-def render(store: ReadableStore, since: Snapshot | None = None) -> dict[str, str]:
-    """All files of the report as text, by their path inside the output folder; `since` adds a page of changes."""
+def render(store: ReadableStore, since: Snapshot | None = None) -> dict[str, str | bytes]:
+    """All files of the report by their path inside the output folder: text, or the bytes of pictures.
+
+    Args:
+        store: what to report.
+        since: an earlier report's leaderboards, which add a page of changes.
+    """
     store = Cached(store)
     report = tables.build(store)
     extras = pages.build(store, report, since)
@@ -65,12 +71,15 @@ def write_report(store: ReadableStore, out: Path, since: Snapshot | None = None)
     return [out / name for name in sorted(made)]
 
 
-def _write(path: Path, content: str) -> None:
+def _write(path: Path, content: str | bytes) -> None:
     """Replaces a file in one step, so that a reader sees the old one or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.draft")
     try:
-        draft.write_text(content, encoding="utf-8", errors="backslashreplace", newline="\n")
+        if isinstance(content, bytes):
+            draft.write_bytes(content)
+        else:
+            draft.write_text(content, encoding="utf-8", errors="backslashreplace", newline="\n")
         os.replace(draft, path)
     except BaseException:
         with suppress(OSError):

@@ -11,7 +11,7 @@ from moebench.attack_names import base_name, options_of, spell
 from moebench.registry import LIBRARY, Declaration, attack_registry
 from moebench.report.evidence import Evidence, attack_key, cold_if_any, eligible
 from moebench.report.overlap import Unit, in_tables, unit_key
-from moebench.report.tables import flatten
+from moebench.report.text import flatten
 from moebench.report.transfers import TRANSFER, origin
 from moebench.schema import SUITES, StoredResult, is_protocol
 

@@ -20,10 +20,10 @@ from moebench.report.evidence import (
     is_whole,
     result_key,
 )
-from moebench.report.exports import safe
 from moebench.report.heatmap import heat_map
 from moebench.report.overlap import Overlap, Unit, in_tables, overlap, subject, unit_label
 from moebench.report.tables import Board
+from moebench.report.text import safe
 from moebench.schema import is_protocol
 
 COLUMNS = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -44,6 +45,16 @@ def claim_key(claim: Claim) -> tuple[Any, ...]:
     """Orders claims by what they are about."""
     where = (claim.registry_name, claim.dataset, claim.arxiv, claim.model, claim.architecture)
     return (*where, claim.metric, claim.attack, claim.attack_params, claim.source, claim.value, claim.flag or "")
+
+
+def of_main_configuration(claims: Sequence[ClaimRow]) -> tuple[ClaimRow, ...]:
+    """Claims about the configuration that a paper reports most on a data set; ablations and prose are left out."""
+    counts: dict[tuple[str, str], Counter[str]] = {}
+    numbers = [row for row in claims if not row.claim.metric.startswith("prose")]
+    for row in numbers:
+        counts.setdefault((row.claim.arxiv, row.claim.dataset), Counter())[row.claim.architecture] += 1
+    main = {key: min(found, key=lambda name: (-found[name], name)) for key, found in counts.items()}
+    return tuple(row for row in numbers if main[row.claim.arxiv, row.claim.dataset] == row.claim.architecture)
 
 
 def same_name(one: str, other: str) -> bool:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from moebench.metrics import Measure, from_accuracy
 from moebench.report.evidence import STEPS, is_warm, newest, result_key
-from moebench.report.exports import safe
+from moebench.report.text import safe
 from moebench.schema import WARM_START, StoredResult, is_protocol
 
 Axis = Literal["eps", "steps"]

@@ -15,9 +15,9 @@ import numpy as np
 
 from moebench.report.evidence import ReadableStore, attack_key, public, result_key
 from moebench.report.tables import COMPONENTS, Board, Cell, Row
+from moebench.report.text import safe
 from moebench.schema import Outcomes, StoredResult
 
-FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n")
 METRICS = ("ra_worst", "sa", "ra", *(label.lower().replace("-", "_") for label, _ in COMPONENTS))
 
 
@@ -69,13 +69,6 @@ def _numbers(cell: Cell | None) -> tuple[Any, Any, Any]:
         return (text, text, text)
     found = cell.measure
     return (f"{found.value:.6f}", f"{found.low:.6f}", f"{found.high:.6f}")
-
-
-def safe(value: Any) -> Any:
-    """A CSV field that no spreadsheet runs as a formula: such text gets a leading apostrophe."""
-    if isinstance(value, str) and value.lstrip(" ").startswith(FORMULA_STARTS):
-        return f"'{value}"
-    return value
 
 
 def results_jsonl(store: ReadableStore) -> str:

@@ -14,7 +14,7 @@ from moebench.report import text
 from moebench.report.evidence import public
 from moebench.report.overlap import unit_label
 from moebench.report.pages import Page
-from moebench.report.tables import COMPONENTS, Report, flatten, page_name, plain
+from moebench.report.tables import COMPONENTS, Report, page_name
 from moebench.schema import format_eps
 
 ASSETS = files("moebench") / "templates" / "assets"
@@ -38,7 +38,7 @@ def asset(name: str) -> str:
 
 def assets() -> dict[str, str]:
     """What all pages share, by path: the style, the scripts, and the libraries with their licences."""
-    own = ("report.css", "report.js", "charts.js", "tablesort.min.js", "tablesort.LICENCE")
+    own = ("report.css", "report.js", "charts.js", "copy.js", "model.css", "tablesort.min.js", "tablesort.LICENCE")
     vendored = sorted(file.name for file in ASSETS.joinpath("vendor").iterdir())
     return {f"assets/{name}": asset(name) for name in own} | {
         f"assets/vendor/{name}": asset(f"vendor/{name}") for name in vendored
@@ -74,8 +74,10 @@ def environment(existing: tuple[str, ...] = ("index.html", "method.html")) -> En
         quantity=text.quantity,
         seconds=text.seconds,
         p_value=text.p_value,
-        flatten=flatten,
-        plain=plain,
+        flatten=text.flatten,
+        grouped=text.grouped,
+        moment=text.moment,
+        plain=text.plain,
         public=public,
         href=quote,
         eps=format_eps,
@@ -88,10 +90,15 @@ def environment(existing: tuple[str, ...] = ("index.html", "method.html")) -> En
     return made
 
 
-def render(report: Report, pages: Sequence[Page] = ()) -> dict[str, str]:
-    """The pages of a report by path: leaderboards, models, and the given ones."""
+def render(report: Report, pages: Sequence[Page] = ()) -> dict[str, str | bytes]:
+    """The pages of a report by path with the pictures that they show: leaderboards, models, and the given ones."""
     templates = environment(("index.html", *(page.file for page in pages)))
-    made = {"index.html": templates.get_template("leaderboard.html").render(report=report, root="")}
+    made: dict[str, str | bytes] = {
+        "index.html": templates.get_template("leaderboard.html").render(report=report, root="")
+    }
     made |= {page.file: templates.get_template(page.file).render(**page.facts, root="") for page in pages}
     model = templates.get_template("model.html")
-    return made | assets() | {f"models/{page.page}": model.render(page=page, root="../") for page in report.models}
+    for page in report.models:
+        made[f"models/{page.page}"] = model.render(page=page, root="../")
+        made |= {f"models/{path}": content for path, content in page.details.files.items()}
+    return made | assets()

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from moebench.metrics import Measure, first_breaker, from_accuracy, measure, worst_case
+from moebench.metrics import Measure, from_accuracy, measure, worst_case
 from moebench.report.claims import ClaimRange, ClaimRow, claim_key, compare, headline_ranges, is_headline
 from moebench.report.evidence import (
     WHOLE,
@@ -23,7 +23,10 @@ from moebench.report.evidence import (
     result_key,
 )
 from moebench.report.missed import Missed, missed
+from moebench.report.model_page import Details, details
 from moebench.report.protocols import ProtocolRow, protocol_rows
+from moebench.report.result_rows import ResultRow, result_row
+from moebench.report.settings import setting_key
 from moebench.report.text import digest, percent, slug
 from moebench.schema import (
     OVERSTATED_RA,
@@ -115,21 +118,6 @@ class Board:
 
 
 @dataclass(frozen=True)
-class ResultRow:
-    """A finished cell on a model's page; `number` is that of the command which made it.
-
-    `skipped` names the stages that have nothing to do on this model, with the reasons.
-    """
-
-    stored: StoredResult
-    measure: Measure | None
-    number: int
-    listed: bool
-    stages: tuple[tuple[str, int], ...]
-    skipped: tuple[tuple[str, str], ...] = ()
-
-
-@dataclass(frozen=True)
 class ModelPage:
     """All that the store knows of one model."""
 
@@ -141,6 +129,7 @@ class ModelPage:
     results: tuple[ResultRow, ...]
     commands: tuple[str, ...]
     failed: tuple[StoredRun, ...]
+    details: Details
     protocols: tuple[ProtocolRow, ...] = ()
 
 
@@ -155,7 +144,9 @@ class Report:
 
 def build(store: ReadableStore) -> Report:
     """Reads the store once and ranks what it holds; parts of models, evaluated alone, are no models to rank."""
-    results = sorted((one for one in store.results(newest_only=True) if is_whole(one.model)), key=result_key)
+    found = sorted(store.results(newest_only=True), key=result_key)
+    results = [one for one in found if is_whole(one.model)]
+    parts = [Evidence(one, store.outcomes(one.result_id)) for one in found if not is_whole(one.model)]
     claims = tuple(sorted(store.claims(), key=claim_key))
     runs = sorted((run for run in store.runs() if is_whole(run.model)), key=lambda run: (run.started_at, run.run_id))
     evidence = [Evidence(stored, store.outcomes(stored.result_id)) for stored in results]
@@ -166,7 +157,7 @@ def build(store: ReadableStore) -> Report:
         groups.setdefault(group_key(one.stored.protocol), []).append(one)
     boards = _arranged({key: _board(groups[key], claims, runs) for key in sorted(groups)}, groups)
     models = sorted({one.stored.model.name for one in evidence} | {run.model.name for run in runs})
-    return Report(boards, tuple(_page(name, boards, evidence, claims, runs) for name in models), claims)
+    return Report(boards, tuple(_page(store, name, boards, evidence, parts, claims, runs) for name in models), claims)
 
 
 def _arranged(
@@ -362,9 +353,11 @@ def _clean_differs(cells: Sequence[Evidence]) -> list[Mark]:
 
 
 def _page(
+    store: ReadableStore,
     name: str,
     boards: Sequence[Board],
     evidence: Sequence[Evidence],
+    parts: Sequence[Evidence],
     claims: Sequence[Claim],
     runs: Sequence[StoredRun],
 ) -> ModelPage:
@@ -373,54 +366,19 @@ def _page(
     commands = tuple(dict.fromkeys(one.stored.command for one in own))
     checkpoints = {run.checkpoint.sha256: run.checkpoint for run in own_runs}
     checkpoints |= {one.stored.checkpoint.sha256: one.stored.checkpoint for one in own}
+    standings = tuple((board, row) for board in boards for row in board.rows if row.model.name == name)
+    compared = tuple(compare(claim, own) for claim in claims if claim.registry_name == name)
+    weights = tuple(checkpoints[sha] for sha in sorted(checkpoints))
+    leaders = [setting_key(board.protocol, row.checkpoint.sha256) for board, row in standings if board.main]
     return ModelPage(
         model=newest(one.stored for one in own).model if own else own_runs[-1].model,
         page=page_name(name),
-        checkpoints=tuple(checkpoints[sha] for sha in sorted(checkpoints)),
-        standings=tuple((board, row) for board in boards for row in board.rows if row.model.name == name),
-        claims=tuple(compare(claim, own) for claim in claims if claim.registry_name == name),
-        results=tuple(_result_row(one, commands) for one in own if not is_protocol(one.attack)),
+        checkpoints=weights,
+        standings=standings,
+        claims=compared,
+        results=tuple(result_row(one, commands) for one in own if not is_protocol(one.attack)),
         commands=commands,
         failed=tuple(run for run in own_runs if run.status == "failed"),
+        details=details(store, own, parts, weights, compared, leaders),
         protocols=protocol_rows(own, claims, commands),
     )
-
-
-def _result_row(one: Evidence, commands: Sequence[str]) -> ResultRow:
-    broke = first_breaker(one.outcomes)
-    order = dict.fromkeys([*one.stored.record.stages, *sorted(broke)])
-    return ResultRow(
-        stored=one.stored,
-        measure=measure(worst_case([one.outcomes])),
-        number=1 + commands.index(one.stored.command),
-        listed=eligible(one.stored),
-        stages=tuple((stage, broke.get(stage, 0)) for stage in order),
-        skipped=tuple(
-            (stage, plain(settings["skipped"]))
-            for stage, settings in sorted(one.stored.cell.parameters.items())
-            if isinstance(settings, Mapping) and "skipped" in settings
-        ),
-    )
-
-
-def flatten(record: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """A nested mapping as sorted ("a.b", "value") pairs, for printing."""
-    pairs: list[tuple[str, str]] = []
-    for key in sorted(record, key=str):
-        value = record[key]
-        if isinstance(value, Mapping):
-            pairs.extend(flatten(value, f"{prefix}{key}."))
-        elif isinstance(value, (list, tuple)):
-            pairs.append((f"{prefix}{key}", ", ".join(plain(item) for item in value) or "—"))
-        else:
-            pairs.append((f"{prefix}{key}", plain(value)))
-    return pairs
-
-
-def plain(value: Any) -> str:
-    """A JSON value as a reader expects it."""
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if value is None:
-        return "—"
-    return f"{value:.6g}" if isinstance(value, float) else str(value)

@@ -6,9 +6,12 @@ import hashlib
 import math
 import re
 import unicodedata
+from collections.abc import Mapping
+from typing import Any
 
 RESERVED = frozenset({"con", "prn", "aux", "nul", *(f"{port}{i}" for port in ("com", "lpt") for i in range(1, 10))})
 MAX_SLUG = 60
+FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n")
 
 
 def percent(value: float, n: int) -> str:
@@ -60,6 +63,12 @@ def seconds(value: float | None) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
+def moment(stamp: str) -> str:
+    """A stored date and time to the second; as it is where it is not written as usual."""
+    match = re.fullmatch(r"(\d{4}-\d\d-\d\d)T(\d\d:\d\d:\d\d)(?:\.\d+)?(?:\+00:00|Z)", stamp)
+    return f"{match[1]} {match[2]} UTC" if match else stamp
+
+
 def digest(text: str, length: int = 8) -> str:
     """The first hexadecimal digits of a text's SHA-256."""
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:length]
@@ -82,3 +91,42 @@ def slug(name: str) -> str:
     if safe and safe == name:
         return safe
     return f"{safe}-{digest(name)}" if safe else digest(name, 12)
+
+
+def flatten(record: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """A nested mapping as sorted ("a.b", "value") pairs, for printing."""
+    pairs: list[tuple[str, str]] = []
+    for key in sorted(record, key=str):
+        value = record[key]
+        if isinstance(value, Mapping):
+            pairs.extend(flatten(value, f"{prefix}{key}."))
+        elif isinstance(value, (list, tuple)):
+            pairs.append((f"{prefix}{key}", ", ".join(plain(item) for item in value) or "—"))
+        else:
+            pairs.append((f"{prefix}{key}", plain(value)))
+    return pairs
+
+
+def grouped(record: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
+    """A nested mapping by its first keys, for printing under headings; what is not nested comes first, as "general"."""
+    nested = {key: value for key, value in record.items() if isinstance(value, Mapping) and value}
+    rest = {key: "none" if value == {} else value for key, value in record.items() if key not in nested}
+    general = flatten(rest)
+    groups = [("general", general)] if general else []
+    return groups + [(str(key), flatten(nested[key])) for key in sorted(nested, key=str)]
+
+
+def plain(value: Any) -> str:
+    """A JSON value as a reader expects it."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if value is None:
+        return "—"
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def safe(value: Any) -> Any:
+    """A CSV field that no spreadsheet runs as a formula: such text gets a leading apostrophe."""
+    if isinstance(value, str) and value.lstrip(" ").startswith(FORMULA_STARTS):
+        return f"'{value}"
+    return value

@@ -11,9 +11,8 @@ from typing import Any
 
 from moebench.metrics import Measure
 from moebench.report.charts import Chart
-from moebench.report.exports import safe
 from moebench.report.heatmap import heat_map
-from moebench.report.text import p_value, percent
+from moebench.report.text import p_value, percent, safe
 from moebench.report.transfers import Pair, Reach, TransferBoard
 
 COLUMNS = (

@@ -14,6 +14,10 @@
       return flat ? api.coord([value, api.value(0)]) : api.coord([api.value(0), value]);
     }
     var low = at(api.value(1)), high = at(api.value(2)), half = 4;
+    // A fourth number moves the bar across the axis by that many pixels.
+    var aside = api.value(3) || 0;
+    low[flat ? 1 : 0] += aside;
+    high[flat ? 1 : 0] += aside;
     function line(x1, y1, x2, y2) {
       return { type: "line", shape: { x1: x1, y1: y1, x2: x2, y2: y2 }, style: { stroke: api.visual("color"), lineWidth: 1.5 } };
     }
@@ -35,6 +39,11 @@
         // A halo in the colour of the page keeps names legible on lines.
         series.label = Object.assign({ color: colour("ink"), textBorderColor: colour("page"), textBorderWidth: 3 }, series.label);
       }
+      [series.itemStyle, series.label].forEach(function (style) {
+        ["color", "borderColor"].forEach(function (what) {
+          if (style && style[what] === "ink") { style[what] = colour("ink"); }
+        });
+      });
     });
     option.textStyle = { fontFamily: getComputedStyle(document.body).fontFamily, color: colour("ink") };
     option.backgroundColor = "transparent";
