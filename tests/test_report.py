@@ -434,7 +434,7 @@ def test_json_lines_hold_every_result_in_order_without_what_identifies_a_machine
     rows = [json.loads(line) for line in lines]
     assert sorted(row["result_id"] for row in rows) == [one.result_id for one in store.stored]
     assert all(list(row) == sorted(row) for row in rows)
-    assert "secret-host" not in "".join(render(store).values())
+    assert "secret-host" not in "".join(str(content) for content in render(store).values())
     assert rows[0]["environment"] == {"device": "cpu", "moebench": "0.1.0", "torch": "2.9.0"}
     assert rows[0]["outcomes"]["n"] == 60
 
@@ -599,7 +599,7 @@ def opened(browser: Any, page_file: Path, **context: Any) -> tuple[Any, list[str
 
 
 def test_pages_open_without_complaint_or_network_and_fit_every_width(browser: Any, site: Path) -> None:
-    for file in [site / "index.html", site / "method.html", *sorted((site / "models").iterdir())]:
+    for file in [site / "index.html", site / "method.html", *sorted((site / "models").glob("*.html"))]:
         for width in (390, 1280):
             page, problems = opened(browser, file, viewport={"width": width, "height": 800})
             assert problems == [], file.name

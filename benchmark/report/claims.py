@@ -48,9 +48,9 @@ def claim_key(claim: Claim) -> tuple[Any, ...]:
 
 
 def of_main_configuration(claims: Sequence[ClaimRow]) -> tuple[ClaimRow, ...]:
-    """Claims about the configuration that a paper reports most on a data set; ablations and prose are left out."""
+    """Accuracies of the configuration that a paper reports most on a data set; ablations and prose are left out."""
     counts: dict[tuple[str, str], Counter[str]] = {}
-    numbers = [row for row in claims if not row.claim.metric.startswith("prose")]
+    numbers = [row for row in claims if row.claim.metric in ("SA", *VIEWS)]
     for row in numbers:
         counts.setdefault((row.claim.arxiv, row.claim.dataset), Counter())[row.claim.architecture] += 1
     main = {key: min(found, key=lambda name: (-found[name], name)) for key, found in counts.items()}

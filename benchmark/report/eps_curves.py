@@ -44,6 +44,7 @@ def _chart(group: Sequence[Curve], axis: str, several: bool) -> Chart:
         group, key=lambda curve: (attack_key(curve.attack), curve.start, curve.points[0].protocol.threat.eps)
     )
     named = _named(lines, axis)
+    lengths = sorted({steps_of(one) or 0 for curve in group for one in curve.points}) if axis == "steps" else []
     clean = from_accuracy(first.record.clean_accuracy, first.record.n)
     series: list[Any] = []
     rows: list[tuple[str, ...]] = []
@@ -59,21 +60,21 @@ def _chart(group: Sequence[Curve], axis: str, several: bool) -> Chart:
             {
                 "type": "line",
                 "name": name,
-                "data": [[at, hundred(share.value)] for at, share in points],
+                "data": [[_place(at, lengths), hundred(share.value)] for at, share in points],
                 "symbol": SYMBOLS[place % len(SYMBOLS)],
                 "symbolSize": 8,
                 "itemStyle": {"color": colour},
                 "lineStyle": line,
             }
         )
-        spans = [[at, hundred(share.low), hundred(share.high)] for at, share in points]
+        spans = [[_place(at, lengths), hundred(share.low), hundred(share.high)] for at, share in points]
         series.append(error_bars(name, spans, colour))
         rows += [(name, _written(at, axis), in_words(share), str(share.n)) for at, share in points]
     option = {
         "grid": {"left": 52, "right": 18, "top": 30 + 20 * ((len(named) + 2) // 3), "bottom": 46},
         "legend": {"top": 0, "left": 0, "data": list(named)},
         "tooltip": {"trigger": "item"},
-        "xAxis": _x_axis(first, axis),
+        "xAxis": _x_axis(first, lengths),
         "yAxis": percent_axis("accuracy left, %"),
         "series": series,
     }
@@ -117,10 +118,16 @@ def _written(at: float, axis: str) -> str:
     return format_eps(at) if axis == "eps" else f"{at:.0f}"
 
 
-def _x_axis(first: StoredResult, axis: str) -> dict[str, Any]:
-    name = f"radius eps, {first.protocol.threat.norm}" if axis == "eps" else "steps (logarithmic)"
-    shape = {"nameLocation": "middle", "nameGap": 28, "name": name}
-    return {"type": "value", "min": 0, **shape} if axis == "eps" else {"type": "log", **shape}
+def _place(at: float, lengths: Sequence[int]) -> float:
+    """Where a point is along the axis: radii to scale, numbers of steps side by side."""
+    return lengths.index(round(at)) if lengths else at
+
+
+def _x_axis(first: StoredResult, lengths: Sequence[int]) -> dict[str, Any]:
+    shape = {"nameLocation": "middle", "nameGap": 28}
+    if lengths:
+        return {"type": "category", "data": [str(length) for length in lengths], "name": "steps, not to scale", **shape}
+    return {"type": "value", "min": 0, "name": f"radius eps, {first.protocol.threat.norm}", **shape}
 
 
 def _words(named: dict[str, Curve], axis: str) -> str:

@@ -26,7 +26,12 @@ def history_chart(checkpoint: CheckpointRecord) -> Chart | None:
     ]
     chosen = _chosen(checkpoint.recipe)
     if chosen is not None and series:
-        mark = {"silent": True, "symbol": "none", "data": [{"xAxis": chosen}], "label": {"formatter": "kept"}}
+        mark = {
+            "silent": True,
+            "symbol": "none",
+            "data": [{"xAxis": chosen}],
+            "label": {"formatter": "kept", "position": "insideEndTop"},
+        }
         series[-1]["markLine"] = {**mark, "lineStyle": {"color": PALETTE[6], "type": "dashed"}}
     above, both = bool(series), bool(series) and bool(curves["loss"])
     if curves["loss"]:

@@ -63,7 +63,9 @@ def routing_shift(setting: Setting) -> RoutingShift | None:
         return None
     leading = _leading(routed)
     rows = tuple(
-        ShiftRow(one.attack, one.view, layer, one.stored.record.n, one in leading)
+        ShiftRow(
+            f"{one.attack} (warm)" if one.warm else one.attack, one.view, layer, one.stored.record.n, one in leading
+        )
         for one in routed
         for layer in one.stored.record.routing
     )
@@ -145,14 +147,14 @@ def _heat(
     columns: Sequence[str], lines: Sequence[str], counts: Sequence[Sequence[int]], x: str, y: str
 ) -> dict[str, Any]:
     """A heat map of counts, each in percent of its row; a row without samples stays empty."""
-    data = [
-        [column, line, round(hundred(count / sum(row)))]
-        for line, row in enumerate(counts)
-        if sum(row)
-        for column, count in enumerate(row)
-    ]
-    flat = {"splitLine": {"show": False}, "axisTick": {"show": False}}
     labelled = len(columns) <= LABELLED
+    data: list[Any] = []
+    for line, row in enumerate(counts):
+        for column, count in enumerate(row if sum(row) else ()):
+            cell = [column, line, round(hundred(count / sum(row)))]
+            # Names are for tooltips; large maps do without, to stay small.
+            data.append({"value": cell, "name": f"{lines[line]} → {columns[column]}"} if labelled else cell)
+    flat = {"splitLine": {"show": False}, "axisTick": {"show": False}}
     label = {"interval": 0 if len(lines) <= 32 else "auto", "width": 90, "overflow": "truncate"}
     return {
         "grid": {"left": 26, "right": 10, "top": 8, "bottom": 36 if labelled else 76, "containLabel": True},
