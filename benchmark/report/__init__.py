@@ -11,7 +11,10 @@ from pathlib import Path
 
 from moebench.errors import UsageError
 from moebench.report import curves, exports, html, latex, tables
+from moebench.report.bibliography import bibliography
 from moebench.report.evidence import ReadableStore
+from moebench.report.grids import grids
+from moebench.report.results_json import SCHEMA_FILE, schema_text
 
 __all__ = ["ReadableStore", "render", "write_report"]
 
@@ -23,7 +26,11 @@ def render(store: ReadableStore) -> dict[str, str]:
     """All files of the report as text, by their path inside the output folder."""
     report = tables.build(store)
     made = html.render(report)
-    made |= {f"tables/{name}": content for name, content in latex.render(report).items()}
+    shown = grids(store, report)
+    books = bibliography(card for grid in shown for card in grid.cited)
+    made |= {f"tables/{name}": content for name, content in latex.files(shown, books).items()}
+    made["data/moebench.bib"] = books.text
+    made[f"data/{SCHEMA_FILE}"] = schema_text()
     made["data/leaderboard.csv"] = exports.leaderboard_csv(report.boards)
     made["data/curves.csv"] = curves.curves_csv(store.results(newest_only=True))
     made["data/results.jsonl"] = exports.results_jsonl(store)

@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session
 from moebench.claims import load_claims
 from moebench.errors import RunError, UsageError
 from moebench.schema import CellSpec, Chunk, Claim, Flag, Outcomes, ResultRecord, RunStart, StoredResult, StoredRun
-from moebench.store import packing, queries, records
+from moebench.store import external, packing, queries, records
 from moebench.store.connect import Database
 from moebench.store.orm import CheckpointRow, ChunkRow, ClaimRow, ModelRow, ProtocolRow, ResultRow, RunResultRow, RunRow
 
@@ -199,6 +199,15 @@ class Store:
             known = select(RunResultRow.id).where(RunResultRow.run_id == run.id, RunResultRow.result_id == result_id)
             if session.scalar(known) is None:
                 session.add(RunResultRow(run=run, result=row, reused=True))
+
+    def add_external(self, runs: Sequence[external.ExternalRun]) -> int:
+        """Adds another lab's results, all or none; returns how many were not there yet.
+
+        Raises:
+            UsageError: one of them is there with other samples.
+        """
+        with self._database.writing() as session:
+            return external.add(session, runs, self.where)
 
     def reusable(self, fingerprint: str) -> StoredResult | None:
         """The newest finished result of a cell, None if there is none."""
