@@ -23,8 +23,20 @@ from moebench.datasets import Dataset
 from moebench.fitting import CRAFTING, fit_stage, shared_out
 from moebench.metrics import wilson
 from moebench.routing import RoutingProbe
-from moebench.schema import LOSSES, WARM_START, CellSpec, Chunk, Precision, ResultRecord, ThreatModel
+from moebench.schema import (
+    LOSSES,
+    WARM_START,
+    CellSpec,
+    Chunk,
+    Example,
+    Precision,
+    ResultRecord,
+    ThreatModel,
+    is_protocol,
+)
 from moebench.store import Store
+from moebench.store.packing import CLEAN
+from moebench.store.pictures import KEPT, LARGEST, choose
 from moebench.threat import distances
 
 Tell = Callable[[str, int, int, int], None]
@@ -304,8 +316,33 @@ class _CellRunner:
             backwards=_int64(finished.backwards),
             seconds=finished.seconds + time.perf_counter() - begin,
             extras=extras,
+            examples=[] if self.store is None else self._examples(stage, finished, distance),
         )
         self._commit(chunk)
+
+    def _examples(self, stage: str, finished: Finished, distance: Tensor) -> list[Example]:
+        """Pictures of samples that this stage broke; none of a published protocol, whose images need not be valid."""
+        work, samples = self.work, self.work.samples
+        if stage == CLEAN or is_protocol(work.cell.attack) or samples.x[0].numel() > LARGEST:
+            return []
+        at = finished.index
+        hits = (finished.broken & (work.clean_pred[at] == samples.y[at])).nonzero().squeeze(1)
+        found = list(zip(samples.y[at[hits]].tolist(), at[hits].tolist(), strict=True))
+        chosen = [(int(hits[place]), *found[place]) for place in choose(found, KEPT)]
+        return [
+            Example(
+                index=index,
+                label=label,
+                clean_pred=int(work.clean_pred[index]),
+                adv_pred=int(finished.adv_pred[row]),
+                distance=float(distance[row]),
+                stage=stage,
+                clean=samples.x[index].cpu().numpy(),
+                adversarial=finished.x_adv[row].float().cpu().numpy(),
+                experts=self.probe.choices(index),
+            )
+            for row, label, index in chosen
+        ]
 
     @torch.no_grad()
     def _loss(self, x: Tensor, index: Tensor) -> Tensor:

@@ -44,6 +44,7 @@ from moebench.schema import (
     is_protocol,
 )
 from moebench.store import Store
+from moebench.store.pictures import pictures_note
 from moebench.summary import Summary, summarise
 from moebench.warm import WarmStarts
 
@@ -314,8 +315,10 @@ def run(prepared: Prepared, store: Store, listener: Listener | None, warm: WarmS
                 "search": prepared.search.notes,
                 "code": prepared.loaded.code,
                 "probes": VERSION if spec.trust else None,
+                **pictures_note(prepared.dataset.shape),
             },
-        )
+        ),
+        prepared.dataset.labels,
     )
     records: list[ResultRecord] = []
     outcomes: list[CellOutcome] = []

@@ -22,11 +22,19 @@ from moebench.errors import UsageError
 from moebench.metrics import first_breaker, wilson
 from moebench.report.evidence import public
 from moebench.report.exports import outcomes_digest
-from moebench.report.results_json import FORMAT, FORMAT_VERSION, content_digest, schema_text, unpack_samples
+from moebench.report.results_json import (
+    FORMAT,
+    FORMAT_VERSION,
+    content_digest,
+    schema_text,
+    unpack_labels,
+    unpack_samples,
+)
 from moebench.schema import (
     IMPORTED,
     PROTOCOL_VERSION,
     WARM_START,
+    IntArray,
     Outcomes,
     StoredResult,
     StoredRun,
@@ -102,10 +110,10 @@ def read_external(path: Path, lab: str | None = None) -> External:
             raise UsageError(f"{where} is there twice; the file was put together by hand, ask for a new export")
         seen.add(run["run_id"])
         try:
-            checked = _run(run)
+            stored, evidence, labels = _run(run)
         except (UsageError, ValueError) as error:
             raise UsageError(f"{where} (runs[{number}]) cannot be imported: {error}") from None
-        runs.append(of_lab(checked[0], checked[1], label, origin))
+        runs.append(of_lab(stored, evidence, labels, label, origin))
     return External(label, digest, tuple(runs))
 
 
@@ -152,8 +160,8 @@ def _check_schema(path: Path, document: Any) -> None:
         raise UsageError(f"{path.name} does not follow the schema at {error.json_path}: {words}")
 
 
-def _run(run: Mapping[str, Any]) -> tuple[StoredRun, tuple[Outcomes, ...]]:
-    """A run of a checked document, with the evidence of its results.
+def _run(run: Mapping[str, Any]) -> tuple[StoredRun, tuple[Outcomes, ...], IntArray | None]:
+    """A run of a checked document, with the evidence of its results and the labels of its samples.
 
     Raises:
         UsageError: it contradicts itself.
@@ -166,18 +174,18 @@ def _run(run: Mapping[str, Any]) -> tuple[StoredRun, tuple[Outcomes, ...]]:
             f"{PROTOCOL_VERSION}"
         )
     stored = run_from_json({**run, "environment": public(run["environment"])})
-    evidence, cells = [], set()
+    evidence, cells, labels = [], set(), unpack_labels(run)
     for one, written in zip(stored.results, run["results"], strict=True):
         name = f"{one.cell.attack} on {one.cell.view}"
         if one.cell.fingerprint in cells:
             raise UsageError(f"{name} is there twice")
         cells.add(one.cell.fingerprint)
         outcomes = unpack_samples(written["samples"])
-        problem = next(_problems(one, outcomes, written["samples"]), None)
-        if problem is not None:
-            raise UsageError(f"{name}: {problem}")
+        problems = [*_problems(one, outcomes, written["samples"]), *_mislabelled(one, outcomes, labels)]
+        if problems:
+            raise UsageError(f"{name}: {problems[0]}")
         evidence.append(outcomes)
-    return stored, tuple(evidence)
+    return stored, tuple(evidence), labels
 
 
 def _problems(stored: StoredResult, outcomes: Outcomes, written: Mapping[str, Any]) -> Iterator[str]:
@@ -233,6 +241,17 @@ def _impossible(outcomes: Outcomes, classes: int, threat: ThreatModel, published
     hit = np.array([bool(stage) for stage in outcomes.stage])
     if np.any(outcomes.clean_pred[hit] == outcomes.adv_pred[hit]):
         yield "a sample is said to be broken although its prediction did not change"
+
+
+def _mislabelled(stored: StoredResult, outcomes: Outcomes, labels: IntArray | None) -> Iterator[str]:
+    """Where verdicts contradict the labels; a published protocol has a rule of its own."""
+    if labels is None or labels.size != outcomes.index.size or is_protocol(stored.cell.attack):
+        return
+    hit = np.array([bool(stage) for stage in outcomes.stage])
+    if np.any((outcomes.clean_pred != labels) != (outcomes.broken & ~hit)):
+        yield "a sample is not wrong from the start exactly where its clean prediction differs from its label"
+    if np.any(outcomes.adv_pred[hit] == labels[hit]):
+        yield "a sample is said to be broken although its prediction is the label"
 
 
 def without(external: External, own: set[str]) -> External:

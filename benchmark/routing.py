@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from moebench.attacks._passes import batches
 from moebench.models._moe import Routing, join, moe_layers, route
-from moebench.schema import IntArray, RoutingLayer
+from moebench.schema import ExpertChoice, IntArray, RoutingLayer
 from moebench.token_routing import TokenTrace
 
 Extras = dict[str, NDArray[Any]]
@@ -29,6 +29,9 @@ class Trace(Protocol):
 
     def aggregate(self, name: str, at: Tensor, y: Tensor | None) -> RoutingLayer:
         """The routing of the layer over the samples `at`; with all samples' labels y, classes are counted too."""
+
+    def choice(self, name: str, sample: int) -> ExpertChoice:
+        """The experts of one sample, clean and attacked."""
 
 
 class RoutingProbe:
@@ -81,6 +84,10 @@ class RoutingProbe:
         if len(at) == 0:
             return ()
         return tuple(layer.aggregate(name, at, self.y) for name, layer in self._layers.items())
+
+    def choices(self, sample: int) -> tuple[ExpertChoice, ...]:
+        """The experts of one sample in every layer, clean and as last attacked."""
+        return tuple(layer.choice(name, sample) for name, layer in self._layers.items())
 
     @torch.no_grad()
     def _measure(self, x: Tensor) -> dict[str, tuple[Routing, Tensor]]:
@@ -135,6 +142,15 @@ class ImageTrace:
             moves=_counts(first, last, experts, experts),
             classes=() if y is None else _counts(y[at], first, int(y.max()) + 1, experts),
         )
+
+    def choice(self, name: str, sample: int) -> ExpertChoice:
+        """The selected experts, the one of the largest weight first."""
+        return ExpertChoice(name, _selected(self.weights[sample]), _selected(self.adv_weights[sample]))
+
+
+def _selected(weights: Tensor) -> tuple[int, ...]:
+    order = weights.argsort(descending=True, stable=True)
+    return tuple(order[weights[order] > 0].tolist())
 
 
 def _counts(rows: Tensor, columns: Tensor, height: int, width: int) -> tuple[tuple[int, ...], ...]:

@@ -262,6 +262,39 @@ class RunStart:
 
 
 @dataclass(frozen=True)
+class ExpertChoice:
+    """Which experts a layer chooses for one image, before and after an attack.
+
+    Where images are routed, the chosen experts, the one of the largest weight first. Where tokens are (`per_token`),
+    the expert of the largest weight of each token in turn.
+    """
+
+    layer: str
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+    per_token: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+    """A sample that the model gets right and an attack broke, with both images: (C, H, W) float32 in [0, 1].
+
+    `index` is the sample's number in the protocol's data, `stage` the stage that broke it, `distance` the norm of the
+    perturbation as it was judged. Of large images the perturbation is stored with 11 binary digits.
+    """
+
+    index: int
+    label: int
+    clean_pred: int
+    adv_pred: int
+    distance: float
+    stage: str
+    clean: NDArray[np.float32]
+    adversarial: NDArray[np.float32]
+    experts: tuple[ExpertChoice, ...] = ()
+
+
+@dataclass(frozen=True)
 class Chunk:
     """Finished samples of one stage of a cell; committed in one transaction, so that a killed run resumes after it.
 
@@ -270,7 +303,8 @@ class Chunk:
     from the label (or that the clean prediction was wrong already); `adv_pred` is the prediction on it. `distance` is
     the norm of the perturbation (0 for a sample that was wrong from the start). `forwards` and `backwards` count
     passes per sample. `extras` holds further per-sample arrays by name, (m, …): `loss`, the cross-entropy on the
-    images, and of a model with routing what it is on the attacked ones.
+    images, and of a model with routing what it is on the attacked ones. `examples` are offered for keeping: the store
+    keeps a few per cell, and gives them back by themselves.
     """
 
     stage: str
@@ -283,6 +317,7 @@ class Chunk:
     backwards: IntArray
     seconds: float
     extras: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+    examples: Sequence[Example] = ()
 
     def __len__(self) -> int:
         return int(self.index.size)

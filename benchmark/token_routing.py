@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moebench.models._moe import Routing
-from moebench.schema import RoutingLayer
+from moebench.schema import ExpertChoice, RoutingLayer
 
 
 class TokenTrace:
@@ -61,6 +61,11 @@ class TokenTrace:
             load_adv=tuple(attacked["load"].mean(dim=0).tolist()),
             moves=tuple(tuple(row) for row in moves.tolist()),
         )
+
+    def choice(self, name: str, sample: int) -> ExpertChoice:
+        """The first expert of each token."""
+        before, after = (tuple(one["first"][sample].tolist()) for one in (self.clean, self.attacked))
+        return ExpertChoice(name, before, after, per_token=True)
 
     def _means(self, routing: Routing, entropy: Tensor, before: Tensor) -> dict[str, Tensor]:
         """What is kept of m images whose clean selection is `before`, (m, T, E)."""

@@ -14,7 +14,10 @@ from moebench.schema import (
     CellSpec,
     CheckpointRecord,
     Claim,
+    Example,
+    ExpertChoice,
     Flag,
+    IntArray,
     ModelRecord,
     Outcomes,
     PaperCard,
@@ -70,6 +73,15 @@ def routing(name: str = "layer4.0") -> RoutingLayer:
     return RoutingLayer(name, 0.81, 0.19, 1.02, 1.21, (0.25, 0.25, 0.25, 0.25), (0.245, 0.24, 0.305, 0.21), moves)
 
 
+def example(index: int, label: int, adv_pred: int, *, side: int = 8, layer: str = "layer4.0") -> Example:
+    """A grey bar on black that an attack turned into another class."""
+    clean = np.zeros((1, side, side), np.float32)
+    clean[:, :, label % side] = 0.75
+    noise = np.where(np.indices(clean.shape).sum(axis=0) % 2, 0.2, -0.2).astype(np.float32)
+    choice = ExpertChoice(layer, before=(label % 4,), after=(adv_pred % 4,))
+    return Example(index, label, label, adv_pred, 0.2, "apgd-ce", clean, np.clip(clean + noise, 0, 1), (choice,))
+
+
 @dataclass
 class FakeStore:
     """Holds what is added to it; `add` makes all records of one finished cell."""
@@ -79,6 +91,8 @@ class FakeStore:
     published: list[Claim] = field(default_factory=list)
     made: list[StoredRun] = field(default_factory=list)
     superseded: set[int] = field(default_factory=set)
+    classes: dict[str, IntArray] = field(default_factory=dict)
+    pictures: dict[int, tuple[Example, ...]] = field(default_factory=dict)
 
     def results(self, *, newest_only: bool = True) -> Sequence[StoredResult]:
         """Like the real store."""
@@ -87,6 +101,14 @@ class FakeStore:
     def outcomes(self, result_id: int, /) -> Outcomes:
         """Like the real store."""
         return self.evidence[result_id]
+
+    def labels(self, protocol: ProtocolRecord, /) -> IntArray | None:
+        """Like the real store."""
+        return self.classes.get(protocol.data_sha256)
+
+    def examples(self, result_id: int, /) -> Sequence[Example]:
+        """Like the real store."""
+        return self.pictures.get(result_id, ())
 
     def claims(self) -> Sequence[Claim]:
         """Like the real store."""
@@ -190,6 +212,10 @@ def demo(n: int = 297) -> FakeStore:
                 more = {"stage": "apgd-ce", "stages": {"apgd-ce": {}, "apgd-t": {}, "fab-t": {}, "square": {}}}
                 more["layers"] = (routing("layer4.0"), routing("layer4.1")) if who.family == "moe" else ()
             done = store.add(who, attack, broken, clean=clean, **more)
+            store.classes[done.protocol.data_sha256] = np.arange(n, dtype=np.int64) % 10
+            if more:
+                fallen = np.flatnonzero(broken & (hardness >= 1 - clean))[:8].tolist()
+                store.pictures[done.result_id] = tuple(example(at, at % 10, (at + 3) % 10) for at in fallen)
         for view in views.get(who.family, ()):
             power = 1.15 if (who.name, view) == ("rt-er", "experts") else weakness[view]
             store.add(who, "pgd-50", (hardness < share * power) | (hardness < 1 - clean), view, clean=clean)

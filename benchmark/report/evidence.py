@@ -11,6 +11,8 @@ from moebench.schema import (
     PART_FAMILY,
     WARM_START,
     Claim,
+    Example,
+    IntArray,
     Json,
     ModelRecord,
     Outcomes,
@@ -54,6 +56,12 @@ class ReadableStore(Protocol):
 
     def outcomes(self, result_id: int, /) -> Outcomes:
         """The per-sample evidence of one of them."""
+
+    def labels(self, protocol: ProtocolRecord, /) -> IntArray | None:
+        """The labels (n,) of a protocol's samples, by their number; None where they are not stored."""
+
+    def examples(self, result_id: int, /) -> Sequence[Example]:
+        """A few samples that a result broke, as pictures; none where none are stored."""
 
     def claims(self) -> Sequence[Claim]:
         """The published numbers."""

@@ -21,7 +21,7 @@ from moebench import __version__
 from moebench.report.evidence import ReadableStore, public, result_key
 from moebench.report.exports import outcomes_digest, plain
 from moebench.report.external import is_external
-from moebench.schema import Outcomes, StoredResult
+from moebench.schema import IntArray, Outcomes, StoredResult
 
 FORMAT, FORMAT_VERSION = "moebench-results", 1
 SCHEMA_FILE = "results.schema.json"
@@ -60,6 +60,7 @@ def results_json(store: ReadableStore, results: Sequence[StoredResult], lab: str
                 "protocol": asdict(stored.protocol),
                 "environment": public(stored.environment),
                 "flags": flags.get(stored.run_id, []),
+                "labels": None if (labels := store.labels(stored.protocol)) is None else _array(labels),
                 "results": [],
             },
         )
@@ -138,6 +139,16 @@ def unpack_samples(samples: Mapping[str, Any]) -> Outcomes:
         stage=tuple(stages[number] for number in numbers),
         **integers,
     )
+
+
+def unpack_labels(run: Mapping[str, Any]) -> IntArray | None:
+    """The labels of a run's samples, (n,); None where the file does not tell them.
+
+    Raises:
+        ValueError: they are no base64, or of another number.
+    """
+    told = run["labels"]
+    return None if told is None else _unpacked("labels", told, int(run["protocol"]["n"])).astype(np.int64)
 
 
 def _array(values: NDArray[np.int64]) -> dict[str, str]:

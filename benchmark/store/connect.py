@@ -17,6 +17,7 @@ from sqlalchemy.orm import Session
 
 from moebench.errors import MoebenchError, RunError, UsageError
 from moebench.store import migrate
+from moebench.store.older import Copy
 from moebench.store.orm import ModelRow
 from moebench.store.records import dumps
 
@@ -51,6 +52,7 @@ class Database:
     def __init__(self, where: str | Path | None, *, write: bool) -> None:
         where = where if where is not None else os.environ.get(VARIABLE) or DEFAULT
         self.write = write
+        self._copy: Copy | None = None
         self._secrets: tuple[str, ...] = ()
         if isinstance(where, str) and "://" in where:
             url = _parse(where)
@@ -104,6 +106,8 @@ class Database:
             with suppress(DBAPIError, sqlite3.Error), self._engine.connect() as connection:
                 connection.connection.cursor().execute("PRAGMA wal_checkpoint(TRUNCATE)")
         self._engine.dispose()
+        if self._copy is not None:
+            self._copy.close()
 
     @contextmanager
     def explained(self) -> Iterator[None]:
@@ -132,7 +136,7 @@ class Database:
             if found is None:
                 raise UsageError(f"{self.shown} holds no results yet; {_MAKE}")
             if found != migrate.REVISIONS[-1]:
-                raise UsageError(f"{self.shown} has the older schema {found}; `moebench evaluate` brings it up to date")
+                self._read_older(found)
             return
         with self._writer.begin() as connection:
             if migrate.revision(connection, self.shown) != migrate.REVISIONS[-1]:
@@ -143,6 +147,15 @@ class Database:
             # A file that cannot be written says so only when a row is: try one, and take it back.
             connection.execute(insert(ModelRow).values(digest="probe", name="probe", family="", summary=""))
             connection.rollback()
+
+    def _read_older(self, found: str) -> None:
+        """Has an older file read through a copy in the newest schema; the file stays as it is."""
+        if self.path is None:
+            raise UsageError(f"{self.shown} has the older schema {found}; `moebench db upgrade` brings it up to date")
+        original = self._engine
+        self._copy = Copy(original, lambda path: _sqlite_engine(path, "mode=rw", write=True))
+        original.dispose()
+        self._engine = _sqlite_engine(self._copy.path, "mode=rw", write=False)
 
 
 def _parse(where: str) -> URL:

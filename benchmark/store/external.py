@@ -16,7 +16,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from moebench.errors import UsageError
-from moebench.schema import IMPORTED, BoolArray, CellSpec, Chunk, Outcomes, ResultRecord, StoredRun
+from moebench.schema import IMPORTED, BoolArray, CellSpec, Chunk, IntArray, Outcomes, ResultRecord, StoredRun
 from moebench.store import packing, queries, records
 from moebench.store.orm import ChunkRow, ResultRow, RunResultRow, RunRow
 
@@ -35,19 +35,26 @@ class ExternalResult:
 
 @dataclass(frozen=True)
 class ExternalRun:
-    """One imported run as it will be stored; `original_id` is its id in the store that it comes from."""
+    """One imported run as it will be stored; `original_id` is its id in the store that it comes from.
+
+    `labels` are what the lab holds the labels to be; they are compared with ours and not stored.
+    """
 
     run: StoredRun
     original_id: str
     results: tuple[ExternalResult, ...]
+    labels: IntArray | None = None
 
 
-def of_lab(run: StoredRun, evidence: Sequence[Outcomes], lab: str, origin: Mapping[str, Any]) -> ExternalRun:
+def of_lab(
+    run: StoredRun, evidence: Sequence[Outcomes], labels: IntArray | None, lab: str, origin: Mapping[str, Any]
+) -> ExternalRun:
     """A run under names that tell it apart from ours and from other labs'.
 
     Args:
         run: as the lab's file tells it.
         evidence: the samples of its results, in their order.
+        labels: of the samples, None where the file does not tell them.
         lab: who measured.
         origin: what to say of the file, kept in the run's environment.
     """
@@ -66,7 +73,7 @@ def of_lab(run: StoredRun, evidence: Sequence[Outcomes], lab: str, origin: Mappi
         )
         for one, outcomes in zip(run.results, evidence, strict=True)
     )
-    return ExternalRun(mine, run.run_id, results)
+    return ExternalRun(mine, run.run_id, results, labels)
 
 
 def add(session: Session, runs: Iterable[ExternalRun], shown: str) -> int:
@@ -87,6 +94,12 @@ def add(session: Session, runs: Iterable[ExternalRun], shown: str) -> int:
 
 def _add_run(session: Session, external: ExternalRun, shown: str) -> int:
     run = external.run
+    ours = queries.labels(session, run.protocol)
+    if ours is not None and external.labels is not None and not np.array_equal(ours, external.labels):
+        raise UsageError(
+            f"run {external.original_id!r} has other labels than {shown} for the same data "
+            f"(sha256 {run.protocol.data_sha256[:16]}…)"
+        )
     row = session.scalars(select(RunRow).where(RunRow.run_id == records.storable(run.run_id))).one_or_none()
     known = {} if row is None else {link.result.fingerprint: link.result for link in row.links}
     new = []

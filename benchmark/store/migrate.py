@@ -9,10 +9,13 @@ from sqlalchemy import Connection, inspect, text
 
 from moebench.errors import UsageError
 
-REVISIONS = ("0001",)
+REVISIONS = ("0001", "0002")
 """All revisions in order; the last one is the schema of `orm.py`."""
 
-_OURS = {"alembic_version", "model", "checkpoint", "protocol", "run", "result", "run_result", "chunk", "claim"}
+_FIRST = frozenset(
+    {"alembic_version", "model", "checkpoint", "protocol", "run", "result", "run_result", "chunk", "claim"}
+)
+_TABLES = {"0001": _FIRST, "0002": _FIRST | {"example"}}
 
 
 def revision(connection: Connection, shown: str) -> str | None:
@@ -29,7 +32,7 @@ def revision(connection: Connection, shown: str) -> str | None:
     if not tables:
         return None
     found = None
-    if "alembic_version" in tables and len(tables & _OURS) > len(_OURS) // 2:
+    if "alembic_version" in tables and len(tables & _FIRST) > len(_FIRST) // 2:
         found = connection.execute(text("SELECT version_num FROM alembic_version")).scalar()
     if found is None:
         names = ", ".join(sorted(tables)[:3])
@@ -41,8 +44,8 @@ def revision(connection: Connection, shown: str) -> str | None:
             f"{shown} has schema {found}, newer than {REVISIONS[-1]} of this moebench; upgrade moebench, or name "
             "another database with --db"
         )
-    if not tables >= _OURS:
-        lost = ", ".join(sorted(_OURS - tables))
+    if not tables >= _TABLES[found]:
+        lost = ", ".join(sorted(_TABLES[found] - tables))
         raise UsageError(f"{shown} is damaged: it lacks the table {lost}; restore it from a copy")
     return str(found)
 

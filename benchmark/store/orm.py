@@ -79,7 +79,10 @@ class CheckpointRow(Base):
 
 
 class ProtocolRow(Base):
-    """The data, the threat model and the version of the rules."""
+    """The data, the threat model and the version of the rules.
+
+    `labels` are those of the samples, read only when asked for; NULL where no run since the second schema told them.
+    """
 
     __tablename__ = "protocol"
 
@@ -96,6 +99,7 @@ class ProtocolRow(Base):
     lower: Mapped[float]
     upper: Mapped[float]
     version: Mapped[str]
+    labels: Mapped[bytes | None] = mapped_column(LargeBinary, deferred=True)
 
 
 class RunRow(Base):
@@ -194,6 +198,24 @@ class ChunkRow(Base):
     arrays: Mapped[bytes] = mapped_column(LargeBinary)
 
     result: Mapped[ResultRow] = relationship(back_populates="chunks")
+
+
+class ExampleRow(Base):
+    """A sample that a result broke, as pictures; `sample` is its number in the protocol's data."""
+
+    __tablename__ = "example"
+    __table_args__ = (UniqueConstraint("result_id", "sample"),)
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    result_id: Mapped[int] = mapped_column(ForeignKey("result.id"))
+    sample: Mapped[int]
+    label: Mapped[int]
+    clean_pred: Mapped[int]
+    adv_pred: Mapped[int]
+    distance: Mapped[float]
+    stage: Mapped[str]
+    experts: Mapped[JsonList]
+    images: Mapped[bytes] = mapped_column(LargeBinary)
 
 
 class ClaimRow(Base):

@@ -1,4 +1,4 @@
-"""Chunks as safetensors blobs, and chunks merged into the per-sample evidence of a cell."""
+"""Chunks and labels as safetensors blobs, and chunks merged into the per-sample evidence of a cell."""
 
 from __future__ import annotations
 
@@ -66,6 +66,26 @@ def unpack(stage: str, seconds: float, blob: bytes) -> Chunk:
     except (SafetensorError, KeyError, ValueError) as error:
         raise RunError(f"a chunk of stage {stage!r} is damaged ({error}); restore the database from a copy") from None
     return chunk
+
+
+def pack_labels(labels: IntArray) -> bytes:
+    """Labels (n,) as one safetensors blob, in the narrowest type that holds them."""
+    return save({"labels": np.ascontiguousarray(_narrow(np.asarray(labels)))})
+
+
+def unpack_labels(blob: bytes) -> IntArray:
+    """The labels (n,) that `pack_labels` made a blob of.
+
+    Raises:
+        RunError: the blob is damaged.
+    """
+    try:
+        labels = load(blob)["labels"]
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise RunError(f"labels are damaged ({error}); restore the database from a copy") from None
+    if labels.ndim != 1 or labels.dtype.kind not in "iu":
+        raise RunError(f"labels are damaged (they are {labels.dtype} of shape {labels.shape}); restore a copy")
+    return labels.astype(np.int64)
 
 
 def merge(chunks: Sequence[Chunk]) -> Outcomes:
@@ -151,7 +171,7 @@ def _narrow(array: NDArray[Any]) -> NDArray[Any]:
     for dtype in _NARROW:
         if np.iinfo(dtype).min <= low and high <= np.iinfo(dtype).max:
             return array.astype(dtype)
-    raise RunError(f"a chunk holds {high}, which is no 64-bit number")
+    raise RunError(f"{high} is no 64-bit number")
 
 
 def _check(stage: str, arrays: dict[str, NDArray[Any]]) -> None:

@@ -7,11 +7,12 @@ from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from typing import TypeVar
 
-from sqlalchemy import Select, select, text
+import numpy as np
+from sqlalchemy import Select, select, text, update
 from sqlalchemy.orm import Session, selectinload
 
 from moebench.errors import RunError, UsageError
-from moebench.schema import Chunk, StoredResult
+from moebench.schema import Chunk, IntArray, ProtocolRecord, StoredResult
 from moebench.store import packing, records
 from moebench.store.orm import CheckpointRow, ChunkRow, ModelRow, ProtocolRow, ResultRow, RunResultRow, RunRow
 from moebench.store.owner import is_busy
@@ -44,6 +45,35 @@ def shared(session: Session, row: Shared) -> Shared:
         return known
     session.add(row)
     return row
+
+
+def labels(session: Session, protocol: ProtocolRecord) -> IntArray | None:
+    """The labels of a protocol's samples: of any protocol on the same data, for its hash covers them."""
+    query = select(ProtocolRow.labels).where(ProtocolRow.data_sha256 == protocol.data_sha256)
+    blob = session.scalars(query.where(ProtocolRow.labels.is_not(None)).order_by(ProtocolRow.id).limit(1)).first()
+    return None if blob is None else packing.unpack_labels(blob)
+
+
+def keep_labels(session: Session, protocol: ProtocolRecord, told: IntArray) -> None:
+    """Writes labels to all protocols on the same data that lack them.
+
+    Raises:
+        RunError: they are not one class per sample, or differ from those that are known.
+    """
+    told = np.asarray(told)
+    if (
+        told.shape != (protocol.n,)
+        or told.dtype.kind not in "iu"
+        or not 0 <= told.min() <= told.max() < protocol.num_classes
+    ):
+        raise RunError(
+            f"labels of {protocol.dataset} must be {protocol.n} numbers from 0 to {protocol.num_classes - 1}"
+        )
+    known = labels(session, protocol)
+    if known is not None and not np.array_equal(known, told):
+        raise RunError(f"the labels of {protocol.dataset} differ from those stored for the same data; check the store")
+    same = update(ProtocolRow).where(ProtocolRow.data_sha256 == protocol.data_sha256, ProtocolRow.labels.is_(None))
+    session.execute(same.values(labels=packing.pack_labels(told)))
 
 
 def abandoned(session: Session, run: RunRow, fingerprint: str) -> ResultRow | None:

@@ -13,8 +13,21 @@ from sqlalchemy.orm import Session
 
 from moebench.claims import load_claims
 from moebench.errors import RunError, UsageError
-from moebench.schema import CellSpec, Chunk, Claim, Flag, Outcomes, ResultRecord, RunStart, StoredResult, StoredRun
-from moebench.store import external, packing, queries, records
+from moebench.schema import (
+    CellSpec,
+    Chunk,
+    Claim,
+    Example,
+    Flag,
+    IntArray,
+    Outcomes,
+    ProtocolRecord,
+    ResultRecord,
+    RunStart,
+    StoredResult,
+    StoredRun,
+)
+from moebench.store import external, packing, pictures, queries, records
 from moebench.store.connect import Database
 from moebench.store.orm import CheckpointRow, ChunkRow, ClaimRow, ModelRow, ProtocolRow, ResultRow, RunResultRow, RunRow
 
@@ -68,11 +81,15 @@ class Store:
         """Ends all connections; of an SQLite database one file is left."""
         self._database.close()
 
-    def begin_run(self, start: RunStart) -> None:
+    def begin_run(self, start: RunStart, labels: IntArray | None = None) -> None:
         """Records that a run has started.
 
+        Args:
+            start: what is known of it.
+            labels: of the protocol's samples, (n,); kept for all protocols on the same data that lack them.
+
         Raises:
-            RunError: the run id is taken.
+            RunError: the run id is taken, or the labels are not those of such data.
         """
         with self._database.writing() as session:
             if session.scalar(select(RunRow.id).where(RunRow.run_id == start.run_id)) is not None:
@@ -91,6 +108,8 @@ class Store:
                     flags=[],
                 )
             )
+            if labels is not None:
+                queries.keep_labels(session, start.protocol, labels)
 
     def finish_run(
         self,
@@ -142,7 +161,7 @@ class Store:
             return row.id, queries.chunks(row)
 
     def append_chunk(self, result_id: int, chunk: Chunk) -> None:
-        """Commits finished samples of one stage.
+        """Commits finished samples of one stage, and of their examples those that are worth keeping so far.
 
         Raises:
             RunError: a sample is in that stage already, the arrays are malformed, or the result is finished or another
@@ -163,6 +182,7 @@ class Store:
                     arrays=blob,
                 )
             )
+            pictures.keep(session, result_id, chunk.examples)
             row.touched_at = queries.now()
 
     def finish_cell(self, result_id: int, record: ResultRecord) -> None:
@@ -183,6 +203,7 @@ class Store:
                 setattr(row, name, value)
             row.status = "done"
             row.finished_at = row.touched_at = queries.now()
+            pictures.trim(session, result_id)
             session.add(RunResultRow(run=row.run, result=row, reused=False))
 
     def link_reused(self, run_id: str, result_id: int) -> None:
@@ -275,6 +296,30 @@ class Store:
             if row is None:
                 raise UsageError(f"no result {result_id} in {self.where}; `moebench show RUN` lists those of a run")
             return packing.merge(queries.chunks(row))
+
+    def labels(self, protocol: ProtocolRecord) -> IntArray | None:
+        """The labels (n,) of a protocol's samples, None where no run has told them.
+
+        Label i belongs to sample i of the protocol: to the row of `Outcomes` whose `index` is i. A finished result has
+        all samples, so there `labels[outcomes.index]` is `labels`.
+
+        Raises:
+            RunError: they are damaged.
+        """
+        with self._database.reading() as session:
+            return queries.labels(session, protocol)
+
+    def examples(self, result_id: int) -> tuple[Example, ...]:
+        """Up to 8 samples that a result broke, with both images; of an unfinished one, those committed so far.
+
+        The first of each class come first, by their number in the data, then the second of each class, and so on. None
+        are kept where images have more than 3 × 64 × 64 values, of published protocols, and of results from before.
+
+        Raises:
+            RunError: one is damaged.
+        """
+        with self._database.reading() as session:
+            return pictures.examples(session, result_id)
 
     def claims(self, registry_name: str | None = None, dataset: str | None = None) -> list[Claim]:
         """The published numbers of the database, of one model or one data set if asked for, in the order of the CSV."""
