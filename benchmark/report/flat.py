@@ -39,40 +39,42 @@ def flat(grids: Sequence[Grid]) -> Flat:
     """
     records: list[dict[str, Value]] = []
     for grid in grids:
-        for line in grid.lines:
+        columns = [_fields(column, [line.cells[at] for line in grid.lines]) for at, column in enumerate(grid.columns)]
+        for own in zip(*columns, strict=True):
             record: dict[str, Value] = dict(grid.facts)
-            for column, cell in zip(grid.columns, line.cells, strict=True):
-                record |= _fields(column, cell, grid)
+            for fields in own:
+                record |= fields
             records.append(record)
     header = tuple(dict.fromkeys(key for record in records for key in record))
     return Flat(header, tuple(tuple(record.get(key) for key in header) for record in records))
 
 
-def _fields(column: Column, cell: Cell, grid: Grid) -> dict[str, Value]:
-    key = column.key
-    kinds = {type(line.cells[grid.columns.index(column)]) for line in grid.lines}
-    names = [key]
-    if Share in kinds:
-        names = [key, f"{key}_low", f"{key}_high"]
+def _fields(column: Column, cells: Sequence[Cell]) -> list[dict[str, Value]]:
+    """The values of one column by name, for each of its cells; all cells have the same names."""
+    key, kinds = column.key, {type(cell) for cell in cells}
+    names = [key, f"{key}_low", f"{key}_high"] if Share in kinds else [key]
     if Span in kinds:
         names = [f"{key}_low", f"{key}_high", f"{key}_flagged"]
+    if any(isinstance(cell, Label) and cell.signs for cell in cells):
+        names = [key, "signs"]
+    return [dict(zip(names, _values(cell, len(names)), strict=True)) for cell in cells]
+
+
+def _values(cell: Cell, width: int) -> Sequence[Value]:
     match cell:
         case Share(found):
-            return {key: found.value, f"{key}_low": found.low, f"{key}_high": found.high}
+            return [found.value, found.low, found.high]
         case Span(low, high, flagged):
-            return {f"{key}_low": low, f"{key}_high": high, f"{key}_flagged": flagged}
+            return [low, high, flagged]
         case Label(text, signs):
-            named: dict[str, Value] = {key: text}
-            if any(isinstance(one, Label) and one.signs for line in grid.lines for one in line.cells):
-                named["signs"] = "; ".join(NAMES[sign] for sign in signs) or None
-            return named
+            return [text, "; ".join(NAMES[sign] for sign in signs) or None][:width]
         case Portion(k, n):
-            return {key: k / n if n else None}
+            return [k / n if n else None]
         case Points(value) | Chance(value) | Amount(value):
-            return {key: value}
+            return [value]
         case Absent(_, applies):
-            return dict.fromkeys(names, None if applies else NOT_APPLICABLE)
-    return {key: cell}
+            return [None if applies else NOT_APPLICABLE] * width
+    return [cell]
 
 
 def chosen(table: Flat, columns: Sequence[str] | None) -> Flat:

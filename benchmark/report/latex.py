@@ -20,6 +20,7 @@ from moebench.report.grid import (
     Chance,
     Grid,
     Label,
+    Line,
     Points,
     Portion,
     Share,
@@ -87,7 +88,8 @@ def table(grid: Grid, books: Bibliography | None = None, style: Style = BARE) ->
         UsageError: a column is asked for that the table does not have.
     """
     shown = narrowed(grid, style.columns)
-    rows = [_row(shown, at, style) for at in range(len(shown.lines))]
+    columns = [_column(shown, place, style) for place in range(len(shown.columns))]
+    rows = [" & ".join(texts) + r" \\" for texts in zip(*columns, strict=True)]
     if 0 < shown.rule < len(rows):
         rows.insert(shown.rule, r"\midrule")
     form = "@{}" + "".join("l" if column.left else "r" for column in shown.columns) + "@{}"
@@ -142,6 +144,7 @@ def _float(grid: Grid, tabular: str, style: Style) -> str:
 """
 
 
+MAX_WORD = 32
 THREAT = re.compile(r"(Linf|L2) ([0-9./e-]+)(?=\))")
 BALL = {"Linf": r"\infty", "L2": "2"}
 
@@ -152,8 +155,13 @@ def _caption(grid: Grid, style: Style) -> str:
     if any(column.best for column in grid.columns):
         told.append(r"Best in bold, second underlined.")
     interval = [INTERVALS[style.interval]] if grid.shares else []
-    title = THREAT.sub(lambda found: rf"$\ell_{BALL[found[1]]} \leq {found[2]}$", escape(grid.title))
-    return " ".join([title, *told, *filter(None, interval), *map(escape, grid.notes)])
+    title = THREAT.sub(lambda found: rf"$\ell_{BALL[found[1]]} \leq {found[2]}$", _text(grid.title))
+    return " ".join([title, *told, *filter(None, interval), *map(_text, grid.notes)])
+
+
+def _text(words: str) -> str:
+    """Words of a caption, each short enough that lines can be broken."""
+    return escape(" ".join(shorten(word, MAX_WORD) for word in words.split()))
 
 
 def _head(grid: Grid) -> list[str]:
@@ -177,18 +185,22 @@ def _heading(label: str) -> str:
     return "$p$" if label == "p" else escape(shorten(label))
 
 
-def _row(grid: Grid, at: int, style: Style) -> str:
-    line, texts = grid.lines[at], []
-    for place, cell in enumerate(line.cells):
-        best, second = winners(grid, place)
-        text = _cell(cell, at in best, at in second, style)
+def _column(grid: Grid, place: int, style: Style) -> list[str]:
+    """The cells of one column as text."""
+    best, second = winners(grid, place)
+    cells = [line.cells[place] for line in grid.lines]
+    texts = [_cell(cell, at in best, at in second, style) for at, cell in enumerate(cells)]
+    if any(map(_flagged, cells)):
         # The asterisk of one claim moves its whole column, so that numbers stay aligned and inside the rule.
-        starred = any(_flagged(other.cells[place]) for other in grid.lines)
-        texts.append(text + (r"\phantom{*}" if starred and not _flagged(cell) else ""))
-        if isinstance(cell, Label) and place == next(i for i, one in enumerate(line.cells) if isinstance(one, Label)):
-            keys = sorted({style.keys[card] for card in line.papers if card in style.keys})
-            texts[-1] += rf"~\cite{{{','.join(keys)}}}" if keys else ""
-    return " & ".join(texts) + r" \\"
+        texts = [text if _flagged(cell) else rf"{text}\phantom{{*}}" for cell, text in zip(cells, texts, strict=True)]
+    if isinstance(cells[0], Label):
+        texts = [text + _cited(line, style) for line, text in zip(grid.lines, texts, strict=True)]
+    return texts
+
+
+def _cited(line: Line, style: Style) -> str:
+    keys = sorted({style.keys[card] for card in line.papers if card in style.keys})
+    return rf"~\cite{{{','.join(keys)}}}" if keys else ""
 
 
 def _flagged(cell: Cell) -> bool:

@@ -35,7 +35,8 @@ def table(grid: Grid, columns: Sequence[str] | None = None) -> str:
     shown = narrowed(grid, columns)
     head = " | ".join(_heading(column) for column in shown.columns)
     ruler = " | ".join("---" if column.left else "---:" for column in shown.columns)
-    lines = [f"| {' | '.join(_row(shown, at))} |" for at in range(len(shown.lines))]
+    texts = [_column(shown, place) for place in range(len(shown.columns))]
+    lines = [f"| {' | '.join(row)} |" for row in zip(*texts, strict=True)]
     notes = ["In percent."] if shown.percentages else []
     notes += ["Best in bold, second underlined."] if any(column.best for column in shown.columns) else []
     notes += ["± reaches to the farther end of the 95 % Wilson interval."] if shown.shares else []
@@ -56,12 +57,9 @@ def _plain(column: Column) -> str:
     return f"RA ({column.label})" if column.group == "RA" else column.label
 
 
-def _row(grid: Grid, at: int) -> list[str]:
-    texts = []
-    for place, cell in enumerate(grid.lines[at].cells):
-        best, second = winners(grid, place)
-        texts.append(_cell(cell, at in best, at in second))
-    return texts
+def _column(grid: Grid, place: int) -> list[str]:
+    best, second = winners(grid, place)
+    return [_cell(line.cells[place], at in best, at in second) for at, line in enumerate(grid.lines)]
 
 
 def _cell(cell: Cell, best: bool, second: bool) -> str:
