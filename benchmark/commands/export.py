@@ -50,7 +50,7 @@ LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9:._/+-]*")
 @database_option
 @debug_option
 def export_command(kind: str, out: str | None, db: str | None, **options: Any) -> None:
-    """Write tables for papers (latex, markdown, bibtex) and files for machines (csv, json, parquet, model_info).
+    """Write tables for papers and files for machines.
 
     latex, markdown and csv of one table go to standard output unless --out names a file. json holds all results with
     the verdict on every sample; `moebench import` reads it. model_info is RobustBench's format, one file per model.

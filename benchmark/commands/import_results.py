@@ -16,9 +16,9 @@ from moebench.commands._options import database_option, debug_option
 @database_option
 @debug_option
 def import_command(file: Path, lab: str | None, dry_run: bool, db: str | None) -> None:
-    """Take in results that another lab exported with `moebench export --format json`.
+    """Take in another lab's results, marked as external.
 
-    The file is checked against its schema, its hashes and its own samples. What it holds is shown as external, without
+    The file is what `moebench export --format json` wrote there. It is checked against its schema, its hashes and its own samples. What it holds is shown as external, without
     a rank; it never replaces results of this store, and no command reuses it.
     """
     from moebench.errors import UsageError
