@@ -18,8 +18,9 @@ from moebench.commands._options import database_option, debug_option
 def import_command(file: Path, lab: str | None, dry_run: bool, db: str | None) -> None:
     """Take in another lab's results, marked as external.
 
-    The file is what `moebench export --format json` wrote there. It is checked against its schema, its hashes and its own samples. What it holds is shown as external, without
-    a rank; it never replaces results of this store, and no command reuses it.
+    The file is what `moebench export --format json` wrote there. It is checked against its schema, its hashes and its
+    own samples. What it holds is shown without a rank; it never replaces results of this store, and no command reuses
+    it.
     """
     from moebench.errors import UsageError
     from moebench.external import read_external, without
