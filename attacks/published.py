@@ -16,51 +16,11 @@ from typing_extensions import override
 from moebench.attacks._base import Attack, Rows, register_attack
 from moebench.attacks._protocol import Protocol, Walk
 from moebench.attacks.apgd import APGD, start_on_sphere
+from moebench.models.adv_moe import ZHANG_2023
+from moebench.models.robust_experts import PAVLITSKA_2025
 from moebench.models.rt_er import ZHANG_2025
-from moebench.schema import PaperCard, ThreatModel
-
-ZHANG_2023 = PaperCard(
-    title="Robust Mixture-of-Expert Training for Convolutional Neural Networks",
-    authors="Yihua Zhang, Ruisi Cai, Tianlong Chen, Guanhua Zhang, Huan Zhang, Pin-Yu Chen, Shiyu Chang, "
-    "Zhangyang Wang, Sijia Liu",
-    venue="ICCV",
-    year=2023,
-    arxiv="2308.10110",
-    bibtex="""@inproceedings{zhang2023robust,
-  title = {Robust Mixture-of-Expert Training for Convolutional Neural Networks},
-  author = {Zhang, Yihua and Cai, Ruisi and Chen, Tianlong and Zhang, Guanhua and Zhang, Huan and Chen, Pin-Yu and
-            Chang, Shiyu and Wang, Zhangyang and Liu, Sijia},
-  booktitle = {International Conference on Computer Vision},
-  year = {2023}
-}""",
-)
-PUIGCERVER_2022 = PaperCard(
-    title="On the Adversarial Robustness of Mixture of Experts",
-    authors="Joan Puigcerver, Rodolphe Jenatton, Carlos Riquelme, Pranjal Awasthi, Srinadh Bhojanapalli",
-    venue="NeurIPS",
-    year=2022,
-    arxiv="2210.10253",
-    bibtex="""@inproceedings{puigcerver2022adversarial,
-  title = {On the Adversarial Robustness of Mixture of Experts},
-  author = {Puigcerver, Joan and Jenatton, Rodolphe and Riquelme, Carlos and Awasthi, Pranjal and
-            Bhojanapalli, Srinadh},
-  booktitle = {Advances in Neural Information Processing Systems},
-  year = {2022}
-}""",
-)
-PAVLITSKA_2025 = PaperCard(
-    title="Robust Experts: the Effect of Adversarial Training on CNNs with Sparse Mixture-of-Experts Layers",
-    authors="Svetlana Pavlitska, Haixi Fan, Konstantin Ditschuneit, J. Marius Zöllner",
-    venue="arXiv",
-    year=2025,
-    arxiv="2509.05086",
-    bibtex="""@article{pavlitska2025robust,
-  title = {Robust Experts: the Effect of Adversarial Training on {CNNs} with Sparse Mixture-of-Experts Layers},
-  author = {Pavlitska, Svetlana and Fan, Haixi and Ditschuneit, Konstantin and Z{\\"o}llner, J. Marius},
-  journal = {arXiv preprint arXiv:2509.05086},
-  year = {2025}
-}""",
-)
+from moebench.models.v_moe import PUIGCERVER_2022
+from moebench.schema import ThreatModel
 
 
 @dataclass(frozen=True)

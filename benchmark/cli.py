@@ -15,6 +15,8 @@ from moebench.commands.ablation import ablation_command
 from moebench.commands.certify import certify_command
 from moebench.commands.evaluate import evaluate_command
 from moebench.commands.experts import experts_command
+from moebench.commands.export import export_command
+from moebench.commands.import_results import import_command
 from moebench.commands.listing import list_command
 from moebench.commands.report import report_command
 from moebench.commands.show import show_command
@@ -44,6 +46,8 @@ for command in (
     list_command,
     show_command,
     report_command,
+    export_command,
+    import_command,
 ):
     cli.add_command(command)
 

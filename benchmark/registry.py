@@ -299,15 +299,20 @@ def attack_registry() -> Registry[Any]:
 def objective_registry() -> Registry[Any]:
     """The training objectives that fit any classifier; their names are known without importing torch."""
     return Registry(
-        "recipe", "moebench.models", _folder("moebench.models"), "register_objective", files="_objectives.py"
+        "recipe", "moebench.models", package_folder("moebench.models"), "register_objective", files="_objectives.py"
     )
 
 
 def _of_package(kind: str, package: str, decorator: str) -> Registry[Any]:
-    return Registry(kind, package, _folder(package), decorator, package)
+    return Registry(kind, package, package_folder(package), decorator, package)
 
 
-def _folder(package: str) -> Path:
+def package_folder(package: str) -> Path:
+    """The folder of an installed package, found without importing it.
+
+    Raises:
+        ImportError: it is not there.
+    """
     spec = find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         raise ImportError(f"the package {package} is not installed completely")

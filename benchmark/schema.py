@@ -39,6 +39,9 @@ SUITES: Mapping[str, tuple[str, ...]] = {
 WARM_START = "warm-start"
 """Stage and parameter of a cell that takes over the adversarial images of a smaller radius."""
 
+IMPORTED = "imported"
+"""Key of a run's environment that says which lab measured it and which file it came in; runs of ours lack it."""
+
 LOSSES = ("loss", "loss_attacked")
 """Facts of the stage `clean`: the mean cross-entropy of all samples on their clean images, and on those of the end."""
 PROTOCOL_PREFIX = "published:"

@@ -194,6 +194,7 @@ def test_the_report_reads_the_store_only() -> None:
         "schema",
         "errors",
         "claims",
+        "papers",
         "published",
         "attack_names",
         "__version__",

@@ -12,7 +12,7 @@ from moebench.errors import UsageError
 from moebench.flags import meaning
 from moebench.published import describe, explain
 from moebench.registry import model_registry
-from moebench.schema import WARM_START, format_eps, is_protocol
+from moebench.schema import IMPORTED, WARM_START, format_eps, is_protocol
 
 if TYPE_CHECKING:
     from moebench.schema import StoredRun
@@ -59,6 +59,11 @@ def _show_run(run: StoredRun) -> None:
         f"[bold]run {run.run_id}[/bold]  {run.status}{took}" + (f": {escape(run.error)}" if run.error else "")
     )
     console.print(f"  command     {escape(run.command)}")
+    imported = environment.get(IMPORTED)
+    if imported:
+        file = f"{imported['file']} ({imported['file_sha256'][:16]}…)"
+        told = f"measured by {imported['from']}, from {file} on {imported['at']}"
+        console.print(f"  imported    {escape(told)}")
     weights = f"{run.checkpoint.sha256[:16]}… ({escape(run.checkpoint.origin)})"
     console.print(f"  model       {escape(run.model.name)}, weights {weights}")
     console.print(

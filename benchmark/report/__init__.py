@@ -11,8 +11,11 @@ from pathlib import Path
 
 from moebench.errors import UsageError
 from moebench.report import curves, examples, exports, html, latex, pages, tables
+from moebench.report.bibliography import bibliography
 from moebench.report.cached import Cached
 from moebench.report.evidence import ReadableStore
+from moebench.report.grids import grids
+from moebench.report.results_json import SCHEMA_FILE, schema_text
 from moebench.report.snapshot import Snapshot
 
 __all__ = ["ReadableStore", "render", "write_report"]
@@ -37,7 +40,11 @@ def render(store: ReadableStore, since: Snapshot | None = None) -> dict[str, str
     report = tables.build(store)
     extras = pages.build(store, report, since)
     made = html.render(report, extras.pages) | dict(extras.data)
-    made |= {f"tables/{name}": content for name, content in latex.render(report).items()}
+    shown = grids(store, report)
+    books = bibliography(card for grid in shown for card in grid.cited)
+    made |= {f"tables/{name}": content for name, content in latex.files(shown, books).items()}
+    made["data/moebench.bib"] = books.text
+    made[f"data/{SCHEMA_FILE}"] = schema_text()
     made["data/leaderboard.csv"] = exports.leaderboard_csv(report.boards)
     made["data/curves.csv"] = curves.curves_csv(store.results(newest_only=True))
     made["data/results.jsonl"] = exports.results_jsonl(store)

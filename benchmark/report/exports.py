@@ -87,7 +87,7 @@ def _line(stored: StoredResult, outcomes: Outcomes) -> str:
         "standing": int(np.count_nonzero(np.logical_not(outcomes.broken))),
         "sha256": outcomes_digest(outcomes),
     }
-    return json.dumps(_plain(record), sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
+    return json.dumps(plain(record), sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def outcomes_digest(outcomes: Outcomes) -> str:
@@ -96,12 +96,12 @@ def outcomes_digest(outcomes: Outcomes) -> str:
     return hashlib.sha256(np.stack([np.asarray(one, dtype="<i8") for one in verdicts]).tobytes()).hexdigest()
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """A value as strict JSON: tuples become lists, numbers that are not finite become null."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, np.generic):
-        return _plain(value.item())
+        return plain(value.item())
     return None if isinstance(value, float) and not math.isfinite(value) else value

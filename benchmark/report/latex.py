@@ -1,330 +1,243 @@
-"""LaTeX tables: booktabs, escaped, ready for input into one- and two-column documents."""
+r"""LaTeX tables: booktabs, escaped, ready for input into one- and two-column documents.
+
+A table tries \small, \footnotesize and \scriptsize in this order and takes the first that fits the line.
+"""
 
 from __future__ import annotations
 
 import re
-import unicodedata
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Literal
 
 from moebench.metrics import Measure
-from moebench.report.claims import claim_range, same_name
-from moebench.report.missed import Missed
-from moebench.report.tables import COMPONENTS, RANKING_ATTACK, Board, Cell, Report, Row
-from moebench.report.text import digest, fold, p_value, percent
-from moebench.schema import Claim
+from moebench.report.bibliography import Bibliography
+from moebench.report.grid import (
+    Absent,
+    Amount,
+    Cell,
+    Chance,
+    Grid,
+    Label,
+    Line,
+    Points,
+    Portion,
+    Share,
+    Span,
+    narrowed,
+    winners,
+)
+from moebench.report.latex_text import escape, shorten
+from moebench.report.text import digest, p_value, percent, quantity
+from moebench.schema import PaperCard
 
-MAX_NAME = 48
+Interval = Literal["pm", "ends", "none"]
 
-CLAIM_COLUMNS = {
-    ("SA", "none"): "SA",
-    ("RA", "PGD"): "RA (PGD)",
-    ("RA", "AutoAttack (as named by paper)"): "RA (AA)",
-    ("RA-E", "PGD"): "RA-E (PGD)",
-    ("RA-R", "PGD"): "RA-R (PGD)",
+INTERVALS: Mapping[Interval, str] = {
+    "pm": r"$\pm$ reaches to the farther end of the 95\,\% Wilson interval.",
+    "ends": r"Sub- and superscripts reach to the ends of the 95\,\% Wilson interval.",
+    "none": "",
 }
-"""Which published numbers a claims table shows, by metric and attack, and under what heading."""
+"""How an interval is written, and what the caption says of it.
 
-SPECIAL = {
-    "\\": r"\textbackslash{}",
-    "{": r"\{",
-    "}": r"\}",
-    "$": r"\$",
-    "&": r"\&",
-    "%": r"\%",
-    "#": r"\#",
-    "_": r"\_",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "<": r"\ensuremath{<}",
-    ">": r"\ensuremath{>}",
-    "|": r"\ensuremath{|}",
-    '"': r"\char34{}",
-    "'": r"{'}",
-    "`": r"\char96{}",
-    "[": "{[}",
-    "]": "{]}",
-    "*": "{*}",
-    "\N{EN DASH}": r"\textendash{}",
-    "—": r"\textemdash{}",
-    "\N{LEFT SINGLE QUOTATION MARK}": r"\textquoteleft{}",
-    "\N{RIGHT SINGLE QUOTATION MARK}": r"\textquoteright{}",
-    "“": r"\textquotedblleft{}",
-    "”": r"\textquotedblright{}",
-    "…": r"\ldots{}",
-    "·": r"\ensuremath{\cdot}",
-    "\N{MULTIPLICATION SIGN}": r"\ensuremath{\times}",
-    "±": r"\ensuremath{\pm}",
-    "≤": r"\ensuremath{\leq}",
-    "≥": r"\ensuremath{\geq}",
-    "→": r"\ensuremath{\rightarrow}",
-    "∞": r"\ensuremath{\infty}",
-    "ß": r"\ss{}",
-    "æ": r"\ae{}",
-    "Æ": r"\AE{}",
-    "œ": r"\oe{}",
-    "Œ": r"\OE{}",
-    "ø": r"\o{}",
-    "Ø": r"\O{}",
-    "ł": r"\l{}",
-    "Ł": r"\L{}",
-}
-GREEK = {
-    "SMALL": "ALPHA BETA GAMMA DELTA EPSILON ZETA ETA THETA IOTA KAPPA LAMDA MU NU XI PI RHO SIGMA TAU UPSILON PHI CHI "
-    "PSI OMEGA",
-    "CAPITAL": "GAMMA DELTA THETA LAMDA XI PI SIGMA UPSILON PHI PSI OMEGA",
-}
-"""The Greek letters that LaTeX has a command for, by their Unicode names."""
-
-ACCENTS = {
-    "\u0300": "`",
-    "\u0301": "'",
-    "\u0302": "^",
-    "\u0303": "~",
-    "\u0304": "=",
-    "\u0306": "u",
-    "\u0307": ".",
-    "\u0308": '"',
-    "\u030a": "r",
-    "\u030b": "H",
-    "\u030c": "v",
-    "\u0327": "c",
-}
+The Wilson interval is not centred: half its width would promise less than the interval holds near 0 and 100 %.
+"""
 
 
-def escape(text: str) -> str:
-    """Any text as LaTeX in plain ASCII, so that it compiles under every engine and font encoding.
+@dataclass(frozen=True)
+class Style:
+    """How tables are written.
 
-    Accented Latin and Greek letters are kept; a character that no standard font has is written as its code point.
+    Without `caption`, `label` and `wide` a file is the bare tabular, to be input inside a float of the author's; with
+    any of them it is a whole `table`, over both columns of the page (`table*`) if `wide`. `keys` are what papers are
+    cited by, empty for no citations.
     """
-    return re.sub("-(?=-)", "-{}", "".join(map(_character, unicodedata.normalize("NFC", text))))
+
+    columns: Sequence[str] | None = None
+    wide: bool = False
+    caption: str | None = None
+    label: str | None = None
+    interval: Interval = "pm"
+    keys: Mapping[PaperCard, str] = field(default_factory=dict)
+
+    @property
+    def floats(self) -> bool:
+        """Whether the file is a float and not a bare tabular."""
+        return self.wide or self.caption is not None or self.label is not None
 
 
-def _character(char: str) -> str:
-    if char in SPECIAL:
-        return SPECIAL[char]
-    greek = re.fullmatch(r"GREEK (SMALL|CAPITAL) LETTER (\w+)", unicodedata.name(char, ""))
-    if greek and greek[2] in GREEK[greek[1]].split():
-        name = greek[2].lower().replace("lamda", "lambda")
-        return rf"\ensuremath{{\{name if greek[1] == 'SMALL' else name.capitalize()}}}"
-    if char.isascii() and char.isprintable():
-        return char
-    if char.isspace():
-        return " "
-    parts = unicodedata.normalize("NFD", char)
-    if len(parts) == 2 and parts[1] in ACCENTS and parts[0].isascii() and parts[0].isalpha():
-        return rf"\{ACCENTS[parts[1]]}{{{parts[0]}}}"
-    return rf"\texttt{{U+{ord(char):04X}}}"
+BARE = Style()
 
 
-def shorten(text: str, limit: int = MAX_NAME) -> str:
-    """A text of at most `limit` characters, its middle left out where it is longer."""
-    half = (limit - 1) // 2
-    return text if len(text) <= limit else f"{text[:half]}…{text[-half:]}"
+def files(grids: Iterable[Grid], books: Bibliography | None = None, style: Style = BARE) -> dict[str, str]:
+    """The LaTeX files of some tables by name; tables that would share one get the start of a hash of their facts."""
+    made: dict[str, str] = {}
+    for grid in grids:
+        name = f"{grid.stem}.tex"
+        if name in made:
+            name = f"{grid.stem}-{digest(repr((grid.title, *grid.facts.items())))}.tex"
+        made[name] = table(grid, books, style)
+    return made
 
 
-def render(report: Report) -> dict[str, str]:
-    """The LaTeX files of a report by name."""
-    files: dict[str, str] = {}
-    for board in sorted((board for board in report.boards if board.rows), key=_prominence):
-        stem = f"leaderboard-{fold(board.protocol.dataset)}-{board.protocol.threat.norm}"
-        files[_free(files, stem, board.anchor)] = leaderboard(board)
-        if board.missed:
-            stem = f"missed-{fold(board.protocol.dataset)}-{board.protocol.threat.norm}"
-            files[_free(files, stem, board.anchor)] = missed(board)
-    for dataset in sorted({claim.dataset for claim in report.claims if claim.registry_name}):
-        about = [claim for claim in report.claims if claim.dataset == dataset and claim.registry_name]
-        table = claims(dataset, about, report)
-        if table is not None:
-            files[_free(files, f"claims-{fold(dataset)}", dataset)] = table
-    return files
+def table(grid: Grid, books: Bibliography | None = None, style: Style = BARE) -> str:
+    """One table as a complete file: comments, then a tabular or a float.
 
-
-def _free(files: dict[str, str], stem: str, origin: str) -> str:
-    return f"{stem}.tex" if f"{stem}.tex" not in files else f"{stem}-{digest(origin)}.tex"
-
-
-def _prominence(board: Board) -> tuple[bool, int, int, int, str]:
-    """The leading board with most models keeps the plain file name; others of its data set and norm get a suffix."""
-    return (not board.main, -len(board.ranked), -len(board.rows), -board.protocol.n, board.anchor)
-
-
-def leaderboard(board: Board) -> str:
-    """One leaderboard as a table with its intervals, the best number of each column in bold."""
-    columns = [column for column in _columns(board) if any(cell.measure for cell in column.cells)]
-    best = [_best(board, column) for column in columns]
-    pairs = list(zip(columns, best, strict=True))
-    lines = [
-        " & ".join([_rank(row), _name(row), *(_number(column.cells[at], at in top) for column, top in pairs)])
-        for at, row in enumerate(board.rows)
-    ]
-    head = " & ".join(["\\#", "Model", *(escape(column.label) for column in columns)])
-    return _file(_about(board), "rl" + "r" * len(columns), head, _with_rule(lines, len(board.ranked)))
-
-
-class Column(NamedTuple):
-    """One column of a leaderboard; `undercut` says that an over-stated RA would stand in it."""
-
-    label: str
-    cells: list[Cell]
-    undercut: bool = False
-
-
-def _columns(board: Board) -> list[Column]:
-    columns = [
-        Column("RA-worst", [row.worst for row in board.rows]),
-        Column("SA", [row.sa for row in board.rows]),
-        Column("RA", [row.ra for row in board.rows], undercut=True),
-    ]
-    if RANKING_ATTACK in board.attacks and len(board.attacks) > 1:
-        place = board.attacks.index(RANKING_ATTACK)
-        columns.append(Column("RA (AA)", [row.attacks[place] for row in board.rows], undercut=True))
-    columns += [Column(label, [row.components[at] for row in board.rows]) for at, (label, _) in enumerate(COMPONENTS)]
-    return columns
-
-
-def _best(board: Board, column: Column) -> set[int]:
-    """The rows with the highest number among ranked ones; an over-stated RA is never the best."""
-    shown = {
-        at: cell.measure.k
-        for at, (row, cell) in enumerate(zip(board.ranked, column.cells, strict=False))
-        if cell.measure and not (column.undercut and row.overstated)
-    }
-    return {at for at, k in shown.items() if k == max(shown.values())}
-
-
-def _about(board: Board) -> list[str]:
-    protocol = board.protocol
-    marked = ", ".join(row.label for row in board.rows if row.overstated)
-    lines = [
-        f"Leaderboard: {protocol.dataset}, {protocol.split}, n = {protocol.n}, {protocol.threat}, "
-        f"protocol {protocol.version}, suite {', '.join(board.suites)}; data sha256 {protocol.data_sha256}.",
-        "Accuracies in percent; sub- and superscript reach to the ends of the 95 % Wilson interval.",
-        "RA-worst: no recorded attack on any view breaks the sample. RA: no recorded attack on the whole model does.",
-        "n/a: the model has no such part. A dash: not measured, or (rank) not comparable without autoattack.",
-    ]
-    if marked:
-        lines.append(f"The dagger marks an over-stated RA, undercut by an attack on a part of the model: {marked}.")
-    return lines
-
-
-def _rank(row: Row) -> str:
-    return "---" if row.rank is None else str(row.rank)
-
-
-def _name(row: Row) -> str:
-    return escape(shorten(row.label)) + (r"\,\ensuremath{^{\dagger}}" if row.overstated else "")
-
-
-def _number(cell: Cell, best: bool) -> str:
-    if cell.measure is None:
-        return "n/a" if cell.state == "n/a" else "---"
-    text = _interval(cell.measure)
-    return rf"{{\boldmath{text}}}" if best else text
-
-
-def _interval(found: Measure) -> str:
-    down, up = found.value - found.low, found.high - found.value
-    return rf"${percent(found.value, found.n)}_{{-{percent(down, found.n)}}}^{{+{percent(up, found.n)}}}$"
-
-
-def missed(board: Board) -> str:
-    """RA under AutoAttack and under moe-adaptive on the same samples, one row per MoE."""
-    protocol = board.protocol
-    about = [
-        f"What AutoAttack misses: {protocol.dataset}, {protocol.split}, n = {protocol.n}, {protocol.threat}, "
-        f"protocol {protocol.version}; data sha256 {protocol.data_sha256}.",
-        "RA in percent with the 95 % Wilson interval; difference in points; missed: samples that only moe-adaptive "
-        "breaks; only AA: samples that only AutoAttack breaks; p: exact McNemar test on these two counts.",
-        *(f"A dash: {one.label}: {one.why}." for one in board.missed if one.paired is None),
-    ]
-    head = " & ".join(["Model", "RA (AA)", "RA (moe-adaptive)", "Difference", "Missed", "Only AA", "$p$"])
-    return _file(about, "lrrrrrr", head, _with_rule([_missed(one) for one in board.missed], len(board.missed)))
-
-
-def _missed(one: Missed) -> str:
-    numbers = ["---" if found is None else _interval(found) for found in (one.standard, one.adaptive)]
-    compared = ["---"] * 4
-    if one.paired is not None and one.points is not None:
-        p = escape(p_value(one.paired.p))
-        compared = [f"${one.points:+.1f}$", str(one.paired.only_second), str(one.paired.only_first), p]
-    return " & ".join([escape(shorten(one.label)), *numbers, *compared])
-
-
-def claims(dataset: str, about: Sequence[Claim], report: Report) -> str | None:
-    """What papers publish on one data set, one row per registry name, beside what moebench measured there.
-
-    Returns: None where no published number is an accuracy of the kinds in the table.
+    Raises:
+        UsageError: a column is asked for that the table does not have.
     """
-    shown = [claim for claim in about if (claim.metric, claim.attack) in CLAIM_COLUMNS]
-    kinds = [kind for kind in CLAIM_COLUMNS if any((claim.metric, claim.attack) == kind for claim in shown)]
-    if not shown:
-        return None
-    lines = []
-    for model in sorted({claim.registry_name for claim in shown}):
-        own = [claim for claim in shown if claim.registry_name == model]
-        theirs = [[claim for claim in own if (claim.metric, claim.attack) == kind] for kind in kinds]
-        ours = [_measured(model, metric, dataset, report) for metric in ("SA", "RA")]
-        lines.append(" & ".join([escape(shorten(model)), *map(_claimed, theirs), *ours]))
-    about_lines = [
-        f"Claims: published accuracies on {dataset} in percent, as the papers state them; ranges span their variants.",
-        "RA (PGD) and RA (AA): under the attacks that the papers call PGD and AutoAttack, at the papers' radii.",
-        "moebench: under all recorded attacks on the whole model; a dash means not measured on this data set.",
+    shown = narrowed(grid, style.columns)
+    columns = [_column(shown, place, style) for place in range(len(shown.columns))]
+    rows = [" & ".join(texts) + r" \\" for texts in zip(*columns, strict=True)]
+    if 0 < shown.rule < len(rows):
+        rows.insert(shown.rule, r"\midrule")
+    form = "@{}" + "".join("l" if column.left else "r" for column in shown.columns) + "@{}"
+    body = "\n".join([rf"\begin{{tabular}}{{{form}}}", r"\toprule", *_head(shown), r"\midrule", *rows])
+    tabular = FITTING % f"{body}\n\\bottomrule\n\\end{{tabular}}"
+    comments = [
+        f"{grid.title} {INTERVALS[style.interval] if shown.shares else ''}",
+        *grid.notes,
+        *_sources(grid, books),
     ]
-    if any(claim.flag for claim in shown):
-        about_lines.append("The asterisk marks claims that carry a flag; the model's HTML page says why.")
-    last = 1 + len(kinds)
-    top = rf" & \multicolumn{{{len(kinds)}}}{{c}}{{claimed}} & \multicolumn{{2}}{{c}}{{moebench}} \\" + "\n"
-    top += rf"\cmidrule(lr){{2-{last}}}\cmidrule(l){{{last + 1}-{last + 2}}}" + "\n"
-    head = " & ".join(["Model", *(CLAIM_COLUMNS[kind] for kind in kinds), "SA", "RA"])
-    return _file(about_lines, "l" + "r" * (len(kinds) + 2), top + head, _with_rule(lines, len(lines)))
+    if style.floats:
+        tabular = _float(shown, tabular, style)
+    about = "\n".join(f"% {line}" for line in map(_comment, comments) if line)
+    return f"% moebench: \\usepackage{{booktabs}}\n{HINT}\n{about}\n{tabular}"
 
 
-def _claimed(group: Sequence[Claim]) -> str:
-    if not group:
-        return "---"
-    span = claim_range(group, "", same_dataset=True)
-    low, high = f"{span.low:.2f}", f"{span.high:.2f}"
-    return (low if low == high else f"{low}--{high}") + (r"\rlap{*}" if span.flagged else "")
+HINT = r"""% What is wider than the line gets smaller type, then shrinks where graphicx is loaded; in a two-column page
+% moebench export --columns (fewer columns) or --wide (a table*) keeps it legible."""
 
-
-def _measured(model: str, metric: str, dataset: str, report: Report) -> str:
-    """Our number from the largest sample set of that data set, or a dash."""
-    found = [
-        cell.measure
-        for board in report.boards
-        if same_name(board.protocol.dataset, dataset)
-        for row in board.rows
-        if row.model.name == model and (cell := row.sa if metric == "SA" else row.ra).measure is not None
-    ]
-    best = max((one for one in found if one is not None), key=lambda one: one.n, default=None)
-    return "---" if best is None else _interval(best)
-
-
-def _with_rule(lines: Sequence[str], above: int) -> str:
-    """Joins table lines, with a rule after the first `above` where some come after them."""
-    rows = [f"{line} \\\\" for line in lines]
-    if 0 < above < len(rows):
-        rows.insert(above, r"\midrule")
-    return "\n".join(rows)
-
-
-def _file(about: Iterable[str], columns: str, head: str, body: str) -> str:
-    """A complete file: comments, then a table that shrinks to the line width where graphicx is loaded."""
-    plain = (line.encode("ascii", "backslashreplace").decode() for line in about)
-    comments = "\n".join("% " + " ".join(line.split()) for line in plain)
-    return rf"""% moebench: \usepackage{{booktabs}}
-% With \usepackage{{graphicx}} a table that is too wide shrinks to the line; in two columns a table* keeps it legible.
-{comments}
-\begingroup\small\setlength{{\tabcolsep}}{{4pt}}\renewcommand{{\arraystretch}}{{1.15}}%
-\sbox0{{\begin{{tabular}}{{@{{}}{columns}@{{}}}}
-\toprule
-{head} \\
-\midrule
-{body}
-\bottomrule
-\end{{tabular}}}}%
+FITTING = r"""\begingroup\renewcommand{\arraystretch}{1.1}\setlength{\abovetopsep}{4pt}%%
+\def\moebenchtable{%%
+%s}%%
+\small\setlength{\tabcolsep}{5pt}\sbox0{\moebenchtable}%%
+\ifdim\wd0>\linewidth \footnotesize\setlength{\tabcolsep}{4pt}\sbox0{\moebenchtable}\fi
+\ifdim\wd0>\linewidth \scriptsize\setlength{\tabcolsep}{3pt}\sbox0{\moebenchtable}\fi
 \leavevmode
-\ifdim\wd0>\linewidth \ifdefined\resizebox \resizebox{{\linewidth}}{{!}}{{\box0}}\else \box0 \fi\else \box0 \fi
+\ifdim\wd0>\linewidth \ifdefined\resizebox \resizebox{\linewidth}{!}{\box0}\else \box0 \fi\else \box0 \fi
 \endgroup
 """
+
+
+def _comment(line: str) -> str:
+    plain = " ".join(line.split()).encode("ascii", "backslashreplace").decode()
+    return plain.replace(r"$\pm$", "+-").replace(r"\,\%", " %")
+
+
+def _sources(grid: Grid, books: Bibliography | None) -> list[str]:
+    facts = [f"{key} {value}" for key, value in grid.facts.items() if key in ("data_sha256", "protocol", "suites")]
+    keys = sorted({books.keys[card] for card in grid.cited if card in books.keys}) if books else []
+    cited = [f"Rests on: {', '.join(keys)} (moebench export --format bibtex)."] if keys else []
+    return [f"Measured by moebench: {', '.join(facts)}."] * bool(facts) + cited
+
+
+def _float(grid: Grid, tabular: str, style: Style) -> str:
+    where = "table*" if style.wide else "table"
+    caption = escape(style.caption) if style.caption is not None else _caption(grid, style)
+    label = rf"\label{{{style.label}}}" if style.label else ""
+    return rf"""\begin{{{where}}}[t]
+\centering
+\caption{{{caption}}}{label}
+{tabular}\end{{{where}}}
+"""
+
+
+MAX_WORD = 32
+THREAT = re.compile(r"(Linf|L2) ([0-9./e-]+)(?=\))")
+BALL = {"Linf": r"\infty", "L2": "2"}
+
+
+def _caption(grid: Grid, style: Style) -> str:
+    """Title, unit, what bold and the interval mean, and the notes."""
+    told = ["In percent."] if grid.percentages else []
+    if any(column.best for column in grid.columns):
+        told.append(r"Best in bold, second underlined.")
+    interval = [INTERVALS[style.interval]] if grid.shares else []
+    title = THREAT.sub(lambda found: rf"$\ell_{BALL[found[1]]} \leq {found[2]}$", _text(grid.title))
+    return " ".join([title, *told, *filter(None, interval), *map(_text, grid.notes)])
+
+
+def _text(words: str) -> str:
+    """Words of a caption, each short enough that lines can be broken."""
+    return escape(" ".join(shorten(word, MAX_WORD) for word in words.split()))
+
+
+def _head(grid: Grid) -> list[str]:
+    """The headings; a group of columns has its name above a rule of its own."""
+    labels = " & ".join(_heading(column.label) for column in grid.columns) + r" \\"
+    if not any(column.group for column in grid.columns):
+        return [labels]
+    over, rules, at = [], [], 1
+    for group, columns in groupby(grid.columns, key=lambda column: column.group):
+        width = len(list(columns))
+        if group:
+            over.append(rf"\multicolumn{{{width}}}{{c}}{{{escape(shorten(group))}}}")
+            rules.append(rf"\cmidrule(lr){{{at}-{at + width - 1}}}")
+        else:
+            over += [""] * width
+        at += width
+    return [" & ".join(over) + r" \\", "".join(rules), labels]
+
+
+def _heading(label: str) -> str:
+    return "$p$" if label == "p" else escape(shorten(label))
+
+
+def _column(grid: Grid, place: int, style: Style) -> list[str]:
+    """The cells of one column as text."""
+    best, second = winners(grid, place)
+    cells = [line.cells[place] for line in grid.lines]
+    texts = [_cell(cell, at in best, at in second, style) for at, cell in enumerate(cells)]
+    if any(map(_flagged, cells)):
+        # The asterisk of one claim moves its whole column, so that numbers stay aligned and inside the rule.
+        texts = [text if _flagged(cell) else rf"{text}\phantom{{*}}" for cell, text in zip(cells, texts, strict=True)]
+    if isinstance(cells[0], Label):
+        texts = [text + _cited(line, style) for line, text in zip(grid.lines, texts, strict=True)]
+    return texts
+
+
+def _cited(line: Line, style: Style) -> str:
+    keys = sorted({style.keys[card] for card in line.papers if card in style.keys})
+    return rf"~\cite{{{','.join(keys)}}}" if keys else ""
+
+
+def _flagged(cell: Cell) -> bool:
+    return isinstance(cell, Span) and cell.flagged
+
+
+def _cell(cell: Cell, best: bool, second: bool, style: Style) -> str:
+    match cell:
+        case Share(measure, _, sign):
+            return _share(measure, best, second, style.interval, sign)
+        case Label(text, signs):
+            return escape(shorten(text)) + "".join(rf"\,\ensuremath{{^{{\{sign}}}}}" for sign in signs)
+        case Absent(_, applies):
+            return "---" if applies else "n/a"
+        case Portion(k, n):
+            return percent(k / n, n) if n else "---"
+        case Span(low, high, flagged):
+            ends = f"{low:.2f}" if low == high else f"{low:.2f}--{high:.2f}"
+            return f"{ends}*" if flagged else ends
+        case Points(value):
+            return f"${value:+.1f}$"
+        case Chance(p):
+            return escape(p_value(p))
+        case Amount(count):
+            return escape(quantity(count)).replace(" ", r"\,")
+    return escape(shorten(str(cell)))
+
+
+def _share(found: Measure, best: bool, second: bool, interval: Interval, sign: str = "") -> str:
+    """A share in percent: the number in bold or underlined, its interval small behind it."""
+    number = percent(found.value, found.n)
+    number = rf"\mathbf{{{number}}}" if best else rf"\underline{{{number}}}" if second else number
+    number += rf"^{{\{sign}}}" if sign else ""
+    down, up = (percent(arm, found.n) for arm in (found.value - found.low, found.high - found.value))
+    if interval == "none":
+        return f"${number}$"
+    if interval == "ends":
+        return rf"${{{number}}}_{{-{down}}}^{{+{up}}}$"
+    arm = percent(max(found.value - found.low, found.high - found.value), found.n)
+    return rf"${number}{{\scriptstyle\,\pm\,{arm}}}$"

@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from moebench import __version__
 from moebench.flags import MEANINGS
+from moebench.papers import own_paper
 from moebench.report import attacks_page, changes, pareto, snapshot, transfer_page, transfers
 from moebench.report.evidence import ReadableStore
 from moebench.report.snapshot import Snapshot
 from moebench.report.tables import Report
-from moebench.schema import PROTOCOL_VERSION, SUITE_VERSION, SUITES
+from moebench.schema import SUITE_VERSION, SUITES
 
 CHANGES = "changes.html"
 
@@ -51,7 +51,7 @@ def build(store: ReadableStore, report: Report, since: Snapshot | None = None) -
         ),
         Page("pareto.html", {"plots": pareto.build(report.boards)}),
         Page("attacks.html", {"page": attacks, "suite": SUITE_VERSION, "suites": SUITES}),
-        Page("method.html", {"suites": SUITES, "meanings": MEANINGS, "bibtex": own_bibtex()}),
+        Page("method.html", {"suites": SUITES, "meanings": MEANINGS, "bibtex": own_paper().bibtex}),
     ]
     if since is not None:
         facts = {"boards": changes.compare(since, now), "before": since, "after": now, "known": known}
@@ -63,16 +63,3 @@ def build(store: ReadableStore, report: Report, since: Snapshot | None = None) -
         snapshot.PLACE.as_posix(): snapshot.dump(now),
     }
     return Extras(tuple(found), data)
-
-
-def own_bibtex() -> str:
-    """How moebench is cited; the facts are those of CITATION.cff."""
-    return "\n".join(
-        (
-            "@misc{moebench,",
-            "  title = {{moebench}: a benchmark of the adversarial robustness of mixture-of-experts models},",
-            "  author = {{The moebench developers}},",
-            f"  note = {{Software, version {__version__}, suite {SUITE_VERSION}, protocol {PROTOCOL_VERSION}}}",
-            "}",
-        )
-    )

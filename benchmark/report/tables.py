@@ -22,6 +22,7 @@ from moebench.report.evidence import (
     newest,
     result_key,
 )
+from moebench.report.external import EXTERNAL, external_words
 from moebench.report.missed import Missed, missed
 from moebench.report.model_page import Details, details
 from moebench.report.protocols import ProtocolRow, protocol_rows
@@ -248,7 +249,7 @@ def _row(
         checkpoint=last.checkpoint,
         label=f"{model.name} · {last.checkpoint.sha256[:8]}" if several else model.name,
         rank=None,
-        unranked=None if judged else f"{RANKING_ATTACK} has not been run on the whole model",
+        unranked=external_words(last) or (None if judged else f"{RANKING_ATTACK} has not been run on the whole model"),
         worst=_standing(cells, "no attack has been run"),
         sa=_clean(last),
         ra=_standing(whole, "no attack on the whole model has been run"),
@@ -305,6 +306,7 @@ def _marks(cells: Sequence[Evidence], runs: Sequence[StoredRun]) -> tuple[Mark, 
     stored = cells[0].stored
     where = (stored.model.name, stored.checkpoint.sha256, group_key(stored.protocol))
     found = {*overstated(cells), *_clean_differs(cells)}
+    found |= {Mark(EXTERNAL, words) for one in cells if (words := external_words(one.stored)) is not None}
     passive = passive_flags((one.stored, one.outcomes) for one in cells)
     # A run knows only the attacks of its time; what outcomes can say is decided here, from all of them, and of what
     # else runs have flagged the last word of each code counts.

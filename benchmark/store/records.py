@@ -178,7 +178,41 @@ def claim(row: ClaimRow) -> Claim:
     return Claim(**{name: getattr(row, name) for name in CLAIM_FIELDS})
 
 
-def _layer(layer: dict[str, Any]) -> RoutingLayer:
+def run_from_json(run: Mapping[str, Any]) -> StoredRun:
+    """A run of an exported document, its results numbered from 0; what was not defined is NaN.
+
+    Raises:
+        UsageError: its threat model is impossible.
+    """
+    card = run["model"]["paper"]
+    model = ModelRecord(**{**run["model"], "paper": None if card is None else PaperCard(**card)})
+    threat = ThreatModel(**run["protocol"]["threat"])
+    protocol = ProtocolRecord(
+        **{**run["protocol"], "threat": threat, "class_names": tuple(run["protocol"]["class_names"])}
+    )
+    checkpoint = CheckpointRecord(**run["checkpoint"])
+    where = (run["run_id"], run["command"])
+    results = tuple(
+        StoredResult(
+            *(at, *where, one["finished_at"], CellSpec(**one["cell"]), _record(one["record"])),
+            *(model, checkpoint, protocol, run["environment"]),
+        )
+        for at, one in enumerate(run["results"])
+    )
+    last = max(one.finished_at for one in results)
+    return StoredRun(
+        *(run["run_id"], "done", run["command"], run["started_at"] or last, last, run["seconds"], None),
+        *(model, checkpoint, protocol, run["environment"], results),
+        *(tuple(Flag(**flag) for flag in run["flags"]), 0),
+    )
+
+
+def _record(record: Mapping[str, Any]) -> ResultRecord:
+    undefined = {name: _number(record[name]) for name in ("seconds", "changed_predictions")}
+    return ResultRecord(**{**record, **undefined, "routing": tuple(map(_layer, record["routing"]))})
+
+
+def _layer(layer: Mapping[str, Any]) -> RoutingLayer:
     return RoutingLayer(
         name=layer["name"],
         **{name: _number(layer[name]) for name in ("iou", "changed", "entropy_clean", "entropy_adv")},

@@ -27,7 +27,7 @@ from moebench.schema import (
     StoredResult,
     StoredRun,
 )
-from moebench.store import packing, pictures, queries, records
+from moebench.store import external, packing, pictures, queries, records
 from moebench.store.connect import Database
 from moebench.store.orm import CheckpointRow, ChunkRow, ClaimRow, ModelRow, ProtocolRow, ResultRow, RunResultRow, RunRow
 
@@ -220,6 +220,15 @@ class Store:
             known = select(RunResultRow.id).where(RunResultRow.run_id == run.id, RunResultRow.result_id == result_id)
             if session.scalar(known) is None:
                 session.add(RunResultRow(run=run, result=row, reused=True))
+
+    def add_external(self, runs: Sequence[external.ExternalRun]) -> int:
+        """Adds another lab's results, all or none; returns how many were not there yet.
+
+        Raises:
+            UsageError: one of them is there with other samples.
+        """
+        with self._database.writing() as session:
+            return external.add(session, runs, self.where)
 
     def reusable(self, fingerprint: str) -> StoredResult | None:
         """The newest finished result of a cell, None if there is none."""
