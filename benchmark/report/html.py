@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from importlib.resources import files
 from urllib.parse import quote
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from moebench.report import text
+from moebench.report import boards, text
 from moebench.report.evidence import public
 from moebench.report.tables import COMPONENTS, Report, flatten, plain
 from moebench.schema import format_eps
 
 ASSETS = files("moebench") / "templates" / "assets"
 GENERATOR = "moebench report"
+PAGES = (
+    ("Leaderboards", "index.html"),
+    ("Models", "index.html#models"),
+    ("Transfer", "transfer.html"),
+    ("Pareto", "pareto.html"),
+    ("Attacks", "attacks.html"),
+    ("Method", "method.html"),
+    ("Changes", "changes.html"),
+)
+"""Every page that the navigation may name, in its order."""
 
 
 def asset(name: str) -> str:
@@ -24,7 +35,7 @@ def asset(name: str) -> str:
 
 def assets() -> dict[str, str]:
     """What all pages share, by path: the style, the scripts, and the libraries with their licences."""
-    own = ("report.css", "report.js", "charts.js", "tablesort.min.js", "tablesort.LICENCE")
+    own = sorted(file.name for file in ASSETS.iterdir() if file.is_file())
     vendored = sorted(file.name for file in ASSETS.joinpath("vendor").iterdir())
     return {f"assets/{name}": asset(name) for name in own} | {
         f"assets/vendor/{name}": asset(f"vendor/{name}") for name in vendored
@@ -38,8 +49,12 @@ def arxiv_url(identifier: str | None) -> str | None:
     return f"https://arxiv.org/abs/{identifier}"
 
 
-def environment() -> Environment:
-    """Strict templates: everything is escaped, and a name that does not exist is an error."""
+def environment(existing: Collection[str] = ("index.html", "method.html")) -> Environment:
+    """Strict templates: everything is escaped, and a name that does not exist is an error.
+
+    Args:
+        existing: the pages that this report has; the navigation names no other.
+    """
     made = Environment(
         loader=PackageLoader("moebench", "templates"),
         autoescape=True,
@@ -62,15 +77,17 @@ def environment() -> Environment:
         eps=format_eps,
         arxiv=arxiv_url,
     )
-    made.globals.update(generator=GENERATOR, components=COMPONENTS)
+    nav = tuple((name, file) for name, file in PAGES if file.partition("#")[0] in existing)
+    made.globals.update(generator=GENERATOR, components=COMPONENTS, nav=nav)
     return made
 
 
 def render(report: Report) -> dict[str, str]:
     """The pages of a report by path."""
     templates = environment()
+    views = [boards.view(board) for board in report.boards]
     pages = {
-        "index.html": templates.get_template("leaderboard.html").render(report=report, root=""),
+        "index.html": templates.get_template("leaderboard.html").render(report=report, views=views, root=""),
         "method.html": templates.get_template("method.html").render(report=report, root=""),
     }
     model = templates.get_template("model.html")
