@@ -206,7 +206,7 @@ def test_a_robust_accuracy_of_zero_is_shown_as_zero_and_a_missing_one_as_a_dash(
     store = FakeStore()
     store.add(model("a"), "autoattack", first_broken(200, 200))
     page = render(store)["index.html"]
-    assert "<b>0.0</b><small>0.0–1.9</small>" in page
+    assert ">0.0<small>0.0–1.9</small>" in page
     assert 'title="not measured: no attack on the view &#39;experts&#39; has been run">—</abbr>' in page
 
 

@@ -43,7 +43,9 @@
   }
 
   function narrow() {
-    document.querySelectorAll("main [data-n]").forEach(function (part) { part.hidden = Number(part.dataset.n) < smallest; });
+    document.querySelectorAll("section.board, nav.boards li").forEach(function (part) {
+      (part.closest("details.radius") || part).hidden = Number(part.dataset.n) < smallest;
+    });
   }
 
   function start(board) {

@@ -75,7 +75,7 @@
       const small = node.querySelector("small"), sort = node.dataset.sort;
       if (head.measure) {
         const k = Number(sort), n = Number(node.dataset.n || this.n), [low, high] = moebench.wilson(k, n);
-        return { text: words(node.querySelector("b") || node.firstChild), interval: words(small), k, n, value: k / n, low, high };
+        return { text: words(node.firstChild), interval: words(small), k, n, value: k / n, low, high };
       }
       if (key === "model") { return { text: row.label, latex: this.data.latex[row.at] }; }
       if (key === "flags") { return { text: Array.from(node.children, words).join("; ") }; }
