@@ -10,7 +10,7 @@ from urllib.parse import quote
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from moebench.report import text
+from moebench.report import boards, text
 from moebench.report.evidence import public
 from moebench.report.overlap import unit_label
 from moebench.report.pages import Page
@@ -38,7 +38,7 @@ def asset(name: str) -> str:
 
 def assets() -> dict[str, str]:
     """What all pages share, by path: the style, the scripts, and the libraries with their licences."""
-    own = ("report.css", "report.js", "charts.js", "copy.js", "model.css", "tablesort.min.js", "tablesort.LICENCE")
+    own = sorted(file.name for file in ASSETS.iterdir() if file.is_file())
     vendored = sorted(file.name for file in ASSETS.joinpath("vendor").iterdir())
     return {f"assets/{name}": asset(name) for name in own} | {
         f"assets/vendor/{name}": asset(f"vendor/{name}") for name in vendored
@@ -93,8 +93,9 @@ def environment(existing: tuple[str, ...] = ("index.html", "method.html")) -> En
 def render(report: Report, pages: Sequence[Page] = ()) -> dict[str, str | bytes]:
     """The pages of a report by path with the pictures that they show: leaderboards, models, and the given ones."""
     templates = environment(("index.html", *(page.file for page in pages)))
+    views = [boards.view(board) for board in report.boards]
     made: dict[str, str | bytes] = {
-        "index.html": templates.get_template("leaderboard.html").render(report=report, root="")
+        "index.html": templates.get_template("leaderboard.html").render(report=report, views=views, root="")
     }
     made |= {page.file: templates.get_template(page.file).render(**page.facts, root="") for page in pages}
     model = templates.get_template("model.html")

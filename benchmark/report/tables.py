@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
+
+import numpy as np
 
 from moebench.metrics import Measure, from_accuracy, measure, worst_case
 from moebench.report.claims import ClaimRange, ClaimRow, claim_key, compare, headline_ranges, is_headline
@@ -26,11 +28,13 @@ from moebench.report.external import EXTERNAL, external_words
 from moebench.report.missed import Missed, missed
 from moebench.report.model_page import Details, details
 from moebench.report.protocols import ProtocolRow, protocol_rows
+from moebench.report.ranks import RankRange, rank_ranges
 from moebench.report.result_rows import ResultRow, result_row
 from moebench.report.settings import setting_key
 from moebench.report.text import digest, percent, slug
 from moebench.schema import (
     OVERSTATED_RA,
+    BoolArray,
     CheckpointRecord,
     Claim,
     ModelRecord,
@@ -72,7 +76,11 @@ class Mark:
 
 @dataclass(frozen=True)
 class Row:
-    """One checkpoint of one model on one leaderboard; `attacks` goes with the board's `attacks`."""
+    """One checkpoint of one model on one leaderboard; `attacks` goes with the board's `attacks`.
+
+    `rank` is None for a row without one, and `ranks` is all that the paired tests leave open; `compared` are published
+    numbers that ask for what was measured here; `standing` (n,) says which samples no recorded attack breaks.
+    """
 
     model: ModelRecord
     page: str
@@ -88,6 +96,9 @@ class Row:
     claims: tuple[Claim, ...]
     claim_ranges: tuple[ClaimRange, ...]
     marks: tuple[Mark, ...]
+    ranks: RankRange | None = None
+    compared: tuple[ClaimRow, ...] = ()
+    standing: BoolArray = field(default_factory=lambda: np.zeros(0, np.bool_), compare=False, repr=False)
 
     @property
     def overstated(self) -> bool:
@@ -200,13 +211,16 @@ def _board(group: Sequence[Evidence], claims: Sequence[Claim], runs: Sequence[St
         (_row(cells, attacks, models.count(key[0]) > 1, claims, runs) for key, cells in checkpoints.items()),
         key=_rank_key,
     )
+    if any(not np.array_equal(one.outcomes.index, kept[0].outcomes.index) for one in kept):
+        raise ValueError(f"results on {protocol.dataset} share a protocol but not their samples; the indices differ")
     ranked = [row for row in rows if row.unranked is None]
+    ranges = rank_ranges([row.standing for row in ranked])
     return Board(
         protocol=protocol,
         anchor=f"{slug(protocol.dataset)}-{digest(repr(group_key(protocol)))}",
         attacks=tuple(attacks),
         suites=tuple(sorted({one.stored.cell.suite for one in kept})),
-        ranked=tuple(replace(row, rank=_rank(row, ranked)) for row in ranked),
+        ranked=tuple(replace(row, rank=found.best, ranks=found) for row, found in zip(ranked, ranges, strict=True)),
         unranked=tuple(row for row in rows if row.unranked is not None),
         left_out=len(group) - len(kept),
         missed=tuple(
@@ -219,11 +233,6 @@ def _board(group: Sequence[Evidence], claims: Sequence[Claim], runs: Sequence[St
 
 def _rank_key(row: Row) -> tuple[Any, ...]:
     return (*(-_value(cell) for cell in (row.worst, row.ra, row.sa)), row.model.name, row.checkpoint.sha256)
-
-
-def _rank(row: Row, ranked: Sequence[Row]) -> int:
-    """Equal RA-worst, equal rank; the next rank counts all rows above it."""
-    return 1 + sum(_value(other.worst) > _value(row.worst) for other in ranked)
 
 
 def _value(cell: Cell) -> float:
@@ -261,6 +270,10 @@ def _row(
         claims=tuple(filter(is_headline, own)),
         claim_ranges=headline_ranges(own, last.protocol.dataset),
         marks=_marks(cells, runs),
+        compared=tuple(
+            found for claim in own if is_headline(claim) and (found := compare(claim, cells)).difference is not None
+        ),
+        standing=worst_case([one.outcomes for one in cells]),
     )
 
 
