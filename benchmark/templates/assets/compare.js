@@ -27,10 +27,11 @@
   }
 
   function written(p) {
-    if (p >= 0.001) { return p.toFixed(3); }
+    if (p >= 0.001) { return "= " + p.toFixed(3); }
+    if (p < 1e-300) { return "< 10⁻³⁰⁰"; }
     const power = Math.floor(Math.log10(p));
     const digits = "⁰¹²³⁴⁵⁶⁷⁸⁹";
-    return (p / 10 ** power).toFixed(1) + " × 10⁻" + String(-power).replace(/\d/g, function (digit) { return digits[digit]; });
+    return "= " + (p / 10 ** power).toFixed(1) + " × 10⁻" + String(-power).replace(/\d/g, function (digit) { return digits[digit]; });
   }
 
   function samples(one, other) {
@@ -74,7 +75,7 @@
       make("dl", { class: "counts" },
         count("both", "both stand", both), count("first", [name(first), " alone stands"], onlyA.length),
         count("second", [name(second), " alone stands"], onlyB.length), count("neither", "both fall", neither),
-        make("div", {}, make("dt", {}, "exact McNemar test, two-sided"), make("dd", { "data-p": p, title: String(p) }, "p = " + written(p)))),
+        make("div", {}, make("dt", {}, "exact McNemar test, two-sided"), make("dd", { "data-p": p, title: String(p) }, "p " + written(p)))),
       listed(first, second, onlyA), listed(second, first, onlyB),
       table(first, second, facts));
   };
