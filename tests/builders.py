@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
+from moebench.metrics import wilson
 from moebench.schema import (
     CellSpec,
     CheckpointRecord,
@@ -119,12 +121,16 @@ def make_record(
     """The aggregate that the chunks give."""
     outcomes = merge(chunks)
     clean = np.concatenate([np.zeros(0, np.bool_), *(chunk.broken for chunk in chunks if chunk.stage == "clean")])
+    stages: Counter[str] = Counter()
+    for chunk in chunks:
+        stages[chunk.stage] += len(chunk)
+    low, high = wilson(int(np.count_nonzero(~outcomes.broken)), outcomes.index.size)
     record = ResultRecord(
         attack=attack,
         view=view,
         accuracy=float(np.mean(~outcomes.broken)),
-        ci_low=0.1,
-        ci_high=0.9,
+        ci_low=low,
+        ci_high=high,
         n=outcomes.index.size,
         seconds=sum(chunk.seconds for chunk in chunks),
         forwards=int(outcomes.forwards.sum()),
@@ -132,7 +138,7 @@ def make_record(
         clean_accuracy=float(np.mean(~clean)),
         changed_predictions=float(np.mean(outcomes.adv_pred != outcomes.clean_pred)),
         routing=make_routing(),
-        stages={"clean": {"n": int(clean.size)}},
+        stages={stage: {"attacked": count} for stage, count in stages.items()},
     )
     return replace(record, **changes)
 
