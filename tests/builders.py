@@ -15,6 +15,7 @@ from moebench.schema import (
     CellSpec,
     CheckpointRecord,
     Chunk,
+    Example,
     ModelRecord,
     PaperCard,
     ProtocolRecord,
@@ -108,6 +109,21 @@ def make_chunk(
         seconds=0.5,
     )
     return replace(chunk, **changes)
+
+
+def make_example(index: int = 3, label: int = 1, shape: tuple[int, ...] = (1, 2, 2), **changes: Any) -> Example:
+    clean = np.full(shape, index % 17, np.float32) / np.float32(16)
+    facts = {"clean_pred": label, "adv_pred": 2, "distance": 0.03, "stage": "apgd-ce", "clean": clean}
+    adversarial = np.clip(clean + np.float32(0.03), 0, 1)
+    return Example(index, label, **{**facts, "adversarial": adversarial, **changes})
+
+
+def same_examples(one: Sequence[Example], other: Sequence[Example]) -> bool:
+    def facts(example: Example) -> tuple[Any, ...]:
+        scalars = {name: value for name, value in vars(example).items() if name not in ("clean", "adversarial")}
+        return scalars, example.clean.tobytes(), example.adversarial.tobytes(), example.clean.shape
+
+    return [facts(example) for example in one] == [facts(example) for example in other]
 
 
 def make_routing() -> tuple[RoutingLayer, ...]:

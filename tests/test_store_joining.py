@@ -7,8 +7,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from builders import N, finish_cell, make_cell, make_chunk, make_protocol, make_record, make_run_start
-from test_store_examples import make_example, same
+from builders import (
+    N,
+    finish_cell,
+    make_cell,
+    make_chunk,
+    make_example,
+    make_protocol,
+    make_record,
+    make_run_start,
+    same_examples,
+)
 
 from moebench.errors import RunError, UsageError
 from moebench.schema import Flag, ThreatModel
@@ -69,7 +78,7 @@ def test_what_is_merged_is_all_there_and_the_second_time_adds_nothing(tmp_path: 
                 assert getattr(one, name) == getattr(other, name), name
             for mine, origin in zip(one.results, other.results, strict=True):
                 assert {**vars(mine), "result_id": 0} == {**vars(origin), "result_id": 0}
-                assert same(store.examples(mine.result_id), source.examples(origin.result_id))
+                assert same_examples(store.examples(mine.result_id), source.examples(origin.result_id))
                 assert len(store.examples(mine.result_id)) == 1
                 for first, second in zip(
                     vars(store.outcomes(mine.result_id)).values(),

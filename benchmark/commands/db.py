@@ -43,10 +43,11 @@ def upgrade_command(db: str | None) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
 @debug_option
 def check_command(db: str | None, as_json: bool) -> int:
-    """Check that a database is whole and adds up; exit code 1 if it does not.
+    """Check that a database adds up.
 
-    Verifies pages, references, hashes (models, weights, protocols, fingerprints of results and runs), and that every
-    aggregate is what its samples give: accuracies, intervals, passes, seconds, stages, losses, routing, pictures.
+    Exit code 1 and a line for each problem if it does not. Verifies pages, references, hashes (of models, weights and
+    protocols; fingerprints of results and runs), and that every aggregate is what its samples give: accuracies,
+    intervals, passes, seconds, stages, losses, routing, pictures.
     """
     from moebench.store import Store
 
@@ -70,7 +71,7 @@ def check_command(db: str | None, as_json: bool) -> int:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
 @debug_option
 def merge_command(other: str, db: str | None, as_json: bool) -> None:
-    """Add the runs and finished results of another database to this one.
+    """Add another database to this one: its runs and finished results.
 
     What is here already is left alone, so that merging again changes nothing; OTHER is read and never changed. It is
     checked first; either all of it is added or none.

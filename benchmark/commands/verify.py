@@ -30,10 +30,11 @@ SHOWN = 20
 def verify_command(
     run: str, samples: int | None, everything: bool, device: str, seed: int, db: str | None, as_json: bool
 ) -> int:
-    """Repeat a stored run on some of its samples and compare verdict by verdict.
+    """Repeat a stored run on some samples, and compare.
 
-    RUN is the start of a run's id. Exit code 0 if all verdicts came out again, 1 if not, 2 if the run cannot be
-    repeated: model, weights, data and settings must be what they were. Nothing is stored.
+    RUN is the start of a run's id. The verdict of each sample is compared with the stored one. Exit code 0 if all came
+    out again, 1 if not, 2 if the run cannot be repeated: model, weights, data and settings must be what they were.
+    Nothing is stored.
     """
     if samples is not None and everything:
         raise UsageError("--samples and --all exclude each other")
