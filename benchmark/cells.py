@@ -51,6 +51,7 @@ class CellWork:
     (N,) are the whole model's predictions; `draws` are the passes averaged for a model that is random; `tell(stage,
     done, n, standing)` reports progress. `found` gives samples (m,) and adversarial images (m, C, H, W) that are known
     from a smaller radius; they are judged before any attack. `training` is what attacks that learn first are fitted on.
+    `only` (N,) bool says which samples to attack, None for all: the others are left standing, and nothing is stored.
     """
 
     plan: AttackPlan
@@ -65,6 +66,7 @@ class CellWork:
     draws: int = 1
     found: Found | None = None
     training: Dataset | None = None
+    only: Tensor | None = None
 
 
 @dataclass
@@ -128,6 +130,7 @@ def stage_name(stage: Attack, search: torch.dtype | None) -> str:
 
 class _CellRunner:
     def __init__(self, work: CellWork, store: Store | None, run_id: str, resume: bool) -> None:
+        assert work.only is None or store is None
         self.work = work
         self.store = store
         self.outcome = CellOutcome(
@@ -192,6 +195,8 @@ class _CellRunner:
         todo = ~self.outcome.broken
         if decided is not None:
             todo &= ~decided
+        if self.work.only is not None:
+            todo &= self.work.only
         index = todo.nonzero().squeeze(1)
         if len(index) == 0:
             return
@@ -216,6 +221,8 @@ class _CellRunner:
         work, name = self.work, protocol.stage
         decided = self.done.get(name)
         todo = torch.ones_like(self.outcome.broken) if decided is None else ~decided
+        if work.only is not None:
+            todo &= work.only
         index, total = todo.nonzero().squeeze(1), len(self.outcome.broken)
 
         def sink(finished: Finished) -> None:

@@ -13,17 +13,20 @@ from moebench import __version__
 from moebench.commands._options import debug_option
 from moebench.commands.ablation import ablation_command
 from moebench.commands.certify import certify_command
+from moebench.commands.db import db_command
 from moebench.commands.evaluate import evaluate_command
 from moebench.commands.experts import experts_command
 from moebench.commands.export import export_command
 from moebench.commands.import_results import import_command
 from moebench.commands.listing import list_command
 from moebench.commands.report import report_command
+from moebench.commands.runs import runs_command
 from moebench.commands.show import show_command
 from moebench.commands.sweep import sweep_command
 from moebench.commands.train import train_command
 from moebench.commands.transfer import transfer_command
 from moebench.commands.universal import universal_command
+from moebench.commands.verify import verify_command
 from moebench.errors import MoebenchError
 
 
@@ -48,6 +51,9 @@ for command in (
     report_command,
     export_command,
     import_command,
+    runs_command,
+    verify_command,
+    db_command,
 ):
     cli.add_command(command)
 

@@ -27,11 +27,11 @@ from moebench.datasets import Dataset, load_dataset
 from moebench.errors import MoebenchError, RunError, UsageError
 from moebench.fitting import fit_budget, is_trained, load_training
 from moebench.flags import RANDOM_FORWARD
+from moebench.identity import cell_fingerprint, run_fingerprint
 from moebench.loading import LoadedModel, load
 from moebench.probes import VERSION, active_flags
-from moebench.provenance import environment, fingerprint
+from moebench.provenance import environment
 from moebench.schema import (
-    PROTOCOL_VERSION,
     WARM_START,
     CellSpec,
     Flag,
@@ -288,34 +288,30 @@ def _cell(
     if is_trained(plan):
         assert training is not None
         parameters["training data"] = {"sha256": training.sha256, "n": len(training)}
-    facts = {
-        "model": loaded.record.name,
-        "weights": loaded.checkpoint.sha256,
-        "code": loaded.code,
-        "data": protocol.data_sha256,
-        "threat": protocol.threat,
-        "attack": plan.name,
-        "parameters": parameters,
-        "view": view,
-        "seed": spec.seed,
-        "engine": spec.engine,
-        "protocol": PROTOCOL_VERSION,
-    }
-    # Left out at their defaults, so that a result keeps its identity when such an option is added.
-    if spec.precision != "float32":
-        facts["precision"] = spec.precision
-    return CellSpec(fingerprint(facts), plan.name, parameters, view, spec.seed, spec.engine, spec.precision)
+    identity = cell_fingerprint(
+        model=loaded.record.name,
+        weights=loaded.checkpoint.sha256,
+        code=loaded.code,
+        protocol=protocol,
+        attack=plan.name,
+        parameters=parameters,
+        view=view,
+        seed=spec.seed,
+        engine=spec.engine,
+        precision=spec.precision,
+    )
+    return CellSpec(identity, plan.name, parameters, view, spec.seed, spec.engine, spec.precision)
 
 
 def run(prepared: Prepared, store: Store, listener: Listener | None, warm: WarmStarts | None = None) -> Summary:
     """Runs or reuses every cell inside one stored run; `warm` knows what was found at smaller radii."""
     spec, begin = prepared.spec, time.perf_counter()
     run_id = uuid.uuid4().hex[:12]
-    run_fingerprint = fingerprint({"cells": [cell.fingerprint for _, cell in prepared.cells]})
+    identity = run_fingerprint([cell for _, cell in prepared.cells])
     store.begin_run(
         RunStart(
             run_id,
-            run_fingerprint,
+            identity,
             spec.command,
             prepared.loaded.record,
             prepared.loaded.checkpoint,
@@ -358,9 +354,7 @@ def run(prepared: Prepared, store: Store, listener: Listener | None, warm: WarmS
                 chain.note(work, outcome)
         if spec.save_adv is not None:
             save_adversarial(spec.save_adv, prepared, outcomes)
-        probed = active_flags(
-            prepared, store, run_fingerprint=run_fingerprint, all_reused=reused == len(prepared.cells)
-        )
+        probed = active_flags(prepared, store, run_fingerprint=identity, all_reused=reused == len(prepared.cells))
         seconds = time.perf_counter() - begin
         summary = summarise(store, run_id, prepared, records, reused, seconds, (*prepared.findings, *probed))
         store.finish_run(run_id, "done", seconds=seconds, flags=summary.flags)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from moebench.attacks._engine import Samples
 from moebench.cells import CellOutcome, CellWork, Tell, run_cell
-from moebench.provenance import fingerprint
+from moebench.identity import warm_fingerprint
 from moebench.schema import WARM_START, CellSpec, Outcomes
 
 
@@ -27,8 +27,8 @@ def warm_started(cell: CellSpec, smaller: CellSpec, eps: float) -> CellSpec:
     Its parameters and its fingerprint name that cell, so that neither passes for the other.
     """
     source: Mapping[str, Any] = {"eps": eps, "fingerprint": smaller.fingerprint}
-    print_of_both = fingerprint({"cell": cell.fingerprint, WARM_START: source})
-    return replace(cell, fingerprint=print_of_both, parameters={**cell.parameters, WARM_START: source})
+    both = warm_fingerprint(cell.fingerprint, source)
+    return replace(cell, fingerprint=both, parameters={**cell.parameters, WARM_START: source})
 
 
 @dataclass

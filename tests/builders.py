@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
+from moebench.metrics import wilson
 from moebench.schema import (
     CellSpec,
     CheckpointRecord,
     Chunk,
+    Example,
     ModelRecord,
     PaperCard,
     ProtocolRecord,
@@ -108,6 +111,21 @@ def make_chunk(
     return replace(chunk, **changes)
 
 
+def make_example(index: int = 3, label: int = 1, shape: tuple[int, ...] = (1, 2, 2), **changes: Any) -> Example:
+    clean = np.full(shape, index % 17, np.float32) / np.float32(16)
+    facts = {"clean_pred": label, "adv_pred": 2, "distance": 0.03, "stage": "apgd-ce", "clean": clean}
+    adversarial = np.clip(clean + np.float32(0.03), 0, 1)
+    return Example(index, label, **{**facts, "adversarial": adversarial, **changes})
+
+
+def same_examples(one: Sequence[Example], other: Sequence[Example]) -> bool:
+    def facts(example: Example) -> tuple[Any, ...]:
+        scalars = {name: value for name, value in vars(example).items() if name not in ("clean", "adversarial")}
+        return scalars, example.clean.tobytes(), example.adversarial.tobytes(), example.clean.shape
+
+    return [facts(example) for example in one] == [facts(example) for example in other]
+
+
 def make_routing() -> tuple[RoutingLayer, ...]:
     layer = RoutingLayer("block1.moe", 0.75, 0.25, 0.5, 0.6, (0.5, 0.5), (0.25, 0.75), ((3, 1), (0, 4)))
     return (layer,)
@@ -119,12 +137,16 @@ def make_record(
     """The aggregate that the chunks give."""
     outcomes = merge(chunks)
     clean = np.concatenate([np.zeros(0, np.bool_), *(chunk.broken for chunk in chunks if chunk.stage == "clean")])
+    stages: Counter[str] = Counter()
+    for chunk in chunks:
+        stages[chunk.stage] += len(chunk)
+    low, high = wilson(int(np.count_nonzero(~outcomes.broken)), outcomes.index.size)
     record = ResultRecord(
         attack=attack,
         view=view,
         accuracy=float(np.mean(~outcomes.broken)),
-        ci_low=0.1,
-        ci_high=0.9,
+        ci_low=low,
+        ci_high=high,
         n=outcomes.index.size,
         seconds=sum(chunk.seconds for chunk in chunks),
         forwards=int(outcomes.forwards.sum()),
@@ -132,7 +154,7 @@ def make_record(
         clean_accuracy=float(np.mean(~clean)),
         changed_predictions=float(np.mean(outcomes.adv_pred != outcomes.clean_pred)),
         routing=make_routing(),
-        stages={"clean": {"n": int(clean.size)}},
+        stages={stage: {"attacked": count} for stage, count in stages.items()},
     )
     return replace(record, **changes)
 

@@ -392,7 +392,20 @@ def test_lists(moebench: Terminal, what: str, expected: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "words", ["--help", "-h", "evaluate --help", "train -h", "show -h", "list -h", "report -h", "transfer -h"]
+    "words",
+    [
+        "--help",
+        "-h",
+        "evaluate --help",
+        "train -h",
+        "show -h",
+        "list -h",
+        "report -h",
+        "transfer -h",
+        "db -h",
+        "runs -h",
+        "verify -h",
+    ],
 )
 def test_help(moebench: Terminal, words: str) -> None:
     said = moebench(*words.split())

@@ -61,7 +61,12 @@ def verdicts(path: str | Path) -> dict[tuple[str, str], list[Any]]:
 
 @pytest.mark.parametrize(
     "words",
-    [["--help"], ["evaluate", "--help"], *(["list", what] for what in ("models", "attacks", "datasets", "suites"))],
+    [
+        ["--help"],
+        ["evaluate", "--help"],
+        ["verify", "--help"],
+        *(["list", what] for what in ("models", "attacks", "datasets", "suites")),
+    ],
 )
 def test_help_and_lists_do_not_import_torch(words: list[str]) -> None:
     program = (

@@ -264,8 +264,27 @@ def test_check_finds_nothing_in_a_sound_database(store: Store) -> None:
     [
         ("UPDATE result SET accuracy = ?", 0.9, "accuracy is 0.9, its samples give 6/8 = 0.75"),
         ("UPDATE result SET clean_accuracy = ?", 1.0, "clean accuracy is 1, its samples give 7/8 = 0.875"),
-        ("UPDATE result SET forwards = ?", 5, "forwards is 5, its samples sum to 78"),
+        ("UPDATE result SET forwards = ?", 5, "forwards is 5, its samples give 78"),
         ("UPDATE result SET n = ?", 5, "n is 5, its protocol has 8 samples"),
+        ("UPDATE result SET backwards = ?", 5, "backwards is 5, its samples give 70"),
+        ("UPDATE result SET ci_low = ?", 0.1, "lower end of its interval is 0.1, its samples give 0.409"),
+        ("UPDATE result SET ci_high = ?", None, "upper end of its interval is nan, its samples give 0.928"),
+        ("UPDATE result SET seconds = ?", 5.0, "seconds is 5, its samples give 1"),
+        (
+            "UPDATE result SET changed_predictions = ?",
+            0.5,
+            "share of changed predictions is 0.5, its samples give 0.125",
+        ),
+        (
+            "UPDATE result SET stages = ?",
+            '{"clean": {"attacked": 8}}',
+            "its stages are clean, its samples have clean, ap",
+        ),
+        (
+            "UPDATE result SET stages = ?",
+            '{"clean": {"attacked": 8}, "apgd-ce": {"broken": 3}}',
+            "broken of stage 'apgd-ce' is 3, its samples give 1",
+        ),
         ("DELETE FROM chunk WHERE stage = ?", "clean", "its chunks cover 7 of 8 samples"),
         ("DELETE FROM run_result WHERE reused = ?", False, "run run-1 made it but does not show it"),
         ("UPDATE chunk SET n = ? WHERE stage = 'clean'", 3, "a chunk of stage 'clean' holds 8 samples, not 3"),
@@ -279,6 +298,32 @@ def test_check_finds_what_does_not_add_up(
     change(tmp_path, statement, value)
     found = store.check()
     assert any(line.startswith("result 1 (pgd-10 on whole): " + problem) for line in found), found
+
+
+@pytest.mark.parametrize(
+    ("statement", "problem"),
+    [
+        ("UPDATE model SET family = 'dense'", "model 1 (toy-moe): its digest is not that of its fields"),
+        ("UPDATE checkpoint SET flops = 3", "checkpoint 1 (of toy-moe): its digest is not that of its fields"),
+        ("UPDATE protocol SET eps = 0.5", "protocol 1 (digits): its digest is not that of its fields"),
+        ("UPDATE protocol SET eps = -1", "protocol 1 (digits): eps must be finite and not negative, got -1.0"),
+        ("UPDATE protocol SET labels = x'00'", "protocol 1 (digits): labels are damaged"),
+    ],
+)
+def test_check_recomputes_digests(store: Store, tmp_path: Path, statement: str, problem: str) -> None:
+    change(tmp_path, statement)
+    assert store.check()[0].startswith(problem)
+
+
+def test_check_compares_labels_with_the_clean_pass(store: Store, tmp_path: Path) -> None:
+    """Samples 0 to 7 are predicted as class 1, but for sample 0, which is wrong."""
+    finish_cell(store, "run-1", make_cell())
+    store.tell_labels(make_protocol(), np.array([0, 1, 1, 1, 1, 1, 1, 1]))
+    assert store.check() == []
+    change(tmp_path, "UPDATE protocol SET labels = NULL")
+    store.tell_labels(make_protocol(), np.array([2, 1, 1, 1, 1, 1, 1, 1]))
+    wrong = "result 1 (pgd-10 on whole): which samples are wrong from the start is not what the labels give"
+    assert store.check() == [wrong]
 
 
 def test_check_finds_dangling_references(store: Store, tmp_path: Path) -> None:

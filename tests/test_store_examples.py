@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import shutil
 import sqlite3
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from builders import N, finish_cell, make_cell, make_chunk, make_protocol, make_record, make_run_start
+from builders import (
+    N,
+    finish_cell,
+    make_cell,
+    make_chunk,
+    make_example,
+    make_protocol,
+    make_record,
+    make_run_start,
+    same_examples,
+)
 from commands import MOE, Terminal
 from hypothesis import given
 from hypothesis import strategies as st
@@ -34,21 +43,6 @@ def moebench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MOEBENCH_DB", raising=False)
     return Terminal(tmp_path, capsys)
-
-
-def make_example(index: int = 3, label: int = 1, shape: tuple[int, ...] = (1, 2, 2), **changes: Any) -> Example:
-    clean = np.full(shape, index % 17, np.float32) / np.float32(16)
-    facts = {"clean_pred": label, "adv_pred": 2, "distance": 0.03, "stage": "apgd-ce", "clean": clean}
-    adversarial = np.clip(clean + np.float32(0.03), 0, 1)
-    return Example(index, label, **{**facts, "adversarial": adversarial, **changes})
-
-
-def same(one: Sequence[Example], other: Sequence[Example]) -> bool:
-    def facts(example: Example) -> tuple[Any, ...]:
-        scalars = {name: value for name, value in vars(example).items() if name not in ("clean", "adversarial")}
-        return scalars, example.clean.tobytes(), example.adversarial.tobytes(), example.clean.shape
-
-    return [facts(example) for example in one] == [facts(example) for example in other]
 
 
 # Labels.
@@ -183,7 +177,7 @@ def test_what_a_picture_says_comes_back(tmp_path: Path) -> None:
         result_id, _ = store.open_cell("run-1", make_cell(), resume=False)
         store.append_chunk(result_id, make_chunk("apgd-ce", range(3, N), broken={3, 5}, examples=examples[:0:-1]))
         store.append_chunk(result_id, make_chunk("square", [2], broken={2}, examples=examples[:1]))
-        assert same(store.examples(result_id), examples) and store.examples(result_id + 1) == ()
+        assert same_examples(store.examples(result_id), examples) and store.examples(result_id + 1) == ()
 
 
 # Real evaluations.
@@ -224,7 +218,7 @@ def test_an_evaluation_keeps_labels_and_the_pictures_that_save_adv_writes(moeben
     assert any(choice.before != choice.after for example in examples for choice in example.experts)
     moebench.evaluate(*words, "--view", "whole,experts")
     views = stored()
-    assert same(views["whole"], examples) and 0 < len(views["experts"]) <= 8
+    assert same_examples(views["whole"], examples) and 0 < len(views["experts"]) <= 8
 
 
 def test_a_killed_evaluation_keeps_the_pictures_of_an_undisturbed_one(
@@ -247,7 +241,7 @@ def test_a_killed_evaluation_keeps_the_pictures_of_an_undisturbed_one(
     while moebench.evaluate(*words).code:
         stops, left = stops + 1, 1
     assert stops >= 3
-    assert same(stored()["whole"], stored("undisturbed.db")["whole"]) and len(stored()["whole"]) >= 5
+    assert same_examples(stored()["whole"], stored("undisturbed.db")["whole"]) and len(stored()["whole"]) >= 5
 
 
 # Older files.

@@ -15,13 +15,26 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from builders import N, finish_cell, make_cell, make_chunk, make_record, make_run_start
+from alembic import command
+from alembic.config import Config
+from builders import (
+    N,
+    finish_cell,
+    make_cell,
+    make_chunk,
+    make_example,
+    make_protocol,
+    make_record,
+    make_run_start,
+    same_examples,
+)
 from sqlalchemy import URL, create_engine, text
 
 from moebench.claims import load_claims
 from moebench.errors import RunError, UsageError
 from moebench.schema import Flag
-from moebench.store import Store, connect
+from moebench.store import Store, connect, migrate
+from moebench.store.joining import Merged
 
 PASSWORD = "s3cret/pass word"
 QUOTED = "s3cret%2Fpass%20word"
@@ -180,3 +193,41 @@ def test_a_lock_that_is_not_released_ends_in_one_line(url: str, monkeypatch: pyt
         with other._database.writing(), pytest.raises(RunError, match="is busy: another process has been writing"):
             store.begin_run(make_run_start())
         store.begin_run(make_run_start())
+
+
+def test_an_older_database_is_upgraded_in_place_and_not_read(url: str, server: Path) -> None:
+    engine = create_engine(url)
+    with engine.begin() as connection:
+        config = Config()
+        config.set_main_option("script_location", "moebench.store:migrations")
+        config.attributes["connection"] = connection
+        command.upgrade(config, "0001")
+    engine.dispose()
+    with pytest.raises(UsageError, match="has the older schema 0001; `moebench db upgrade` brings it up to date"):
+        Store.open(url, write=False)
+    with Store.open(url, write=True, create=False) as store:
+        assert store.found == "0001"
+        store.begin_run(make_run_start(), np.ones(N, np.int64))
+    with Store.open(url, write=False) as store:
+        assert store.found == migrate.REVISIONS[-1] and store.labels(make_protocol()) is not None
+
+
+def test_merging_between_a_file_and_a_server(url: str, tmp_path: Path) -> None:
+    path = tmp_path / "r.db"
+    chunks = [make_chunk(), make_chunk("apgd-ce", broken={3}, examples=[make_example(3, 1)])]
+    for where, run_id in ((path, "run-1"), (url, "run-2")):
+        with Store.open(where, write=True) as store:
+            store.begin_run(make_run_start(run_id), np.ones(N, np.int64) if where is path else None)
+            finish_cell(store, run_id, make_cell(f"cell of {run_id}"), chunks)
+            store.finish_run(run_id, "done", seconds=1.0)
+    for other, into in ((path, url), (url, path)):
+        for added in (1, 0):
+            with Store.open(other, write=False) as source, Store.open(into, write=True) as store:
+                known = 1 - added + (into is path)
+                assert store.merge(source) == Merged(added, added, known_runs=known, known_results=known)
+    for where in (path, url):
+        with Store.open(where, write=False) as store:
+            assert store.check() == [] and store.labels(make_protocol()) is not None
+            assert {result.run_id for result in store.results()} == {"run-1", "run-2"}
+            for result in store.results():
+                assert same_examples(store.examples(result.result_id), [make_example(3, 1)])

@@ -45,13 +45,17 @@ class BusyError(RunError):
 class Database:
     """An open database of the current schema; hands out sessions, one transaction each.
 
+    `found` is the schema that it had, None for one that was made.
+
     Raises:
         UsageError: it cannot be opened, is not ours or too new, or shall be written and cannot be.
     """
 
-    def __init__(self, where: str | Path | None, *, write: bool) -> None:
+    def __init__(self, where: str | Path | None, *, write: bool, create: bool = True) -> None:
         where = where if where is not None else os.environ.get(VARIABLE) or DEFAULT
         self.write = write
+        self.create = write and create
+        self.found: str | None = None
         self._copy: Copy | None = None
         self._secrets: tuple[str, ...] = ()
         if isinstance(where, str) and "://" in where:
@@ -64,7 +68,9 @@ class Database:
         before = _beside(self.path)
         try:
             with self.explained():
-                self._engine = _postgres(url) if self.path is None else _sqlite(self.path, self.shown, write)
+                self._engine = (
+                    _postgres(url) if self.path is None else _sqlite(self.path, self.shown, write, self.create)
+                )
                 try:
                     self._prepare()
                 except BaseException:
@@ -79,6 +85,10 @@ class Database:
     def backend(self) -> str:
         """The name of the SQL dialect: "sqlite" or "postgresql"."""
         return self._engine.dialect.name
+
+    def is_file_of(self, other: Database) -> bool:
+        """Whether both are the same SQLite file."""
+        return self.path is not None and other.path is not None and self.path.samefile(other.path)
 
     @contextmanager
     def reading(self) -> Iterator[Session]:
@@ -129,13 +139,13 @@ class Database:
 
     def _prepare(self) -> None:
         with self._engine.begin() as connection:
-            found = migrate.revision(connection, self.shown)
+            found = self.found = migrate.revision(connection, self.shown)
             if self.write and found is not None and self.path is not None:
                 _refuse_damage(connection, self.shown)
+        if found is None and not self.create:
+            raise UsageError(f"{self.shown} holds no results yet; {_MAKE}")
         if not self.write:
-            if found is None:
-                raise UsageError(f"{self.shown} holds no results yet; {_MAKE}")
-            if found != migrate.REVISIONS[-1]:
+            if found is not None and found != migrate.REVISIONS[-1]:
                 self._read_older(found)
             return
         with self._writer.begin() as connection:
@@ -187,7 +197,7 @@ def _shown(url: URL, path: Path | None) -> str:
     return public.render_as_string()
 
 
-def _sqlite(path: Path, shown: str, write: bool) -> Engine:
+def _sqlite(path: Path, shown: str, write: bool, create: bool) -> Engine:
     if path.is_dir():
         raise UsageError(f"{shown} is a folder; name a file, such as {str(path / DEFAULT)!r}")
     if not path.parent.is_dir():
@@ -195,7 +205,7 @@ def _sqlite(path: Path, shown: str, write: bool) -> Engine:
             f"there is no folder {str(path.parent)!r} for the database {path.name!r}; make it or change --db"
         )
     if not path.exists():
-        if not write:
+        if not create:
             raise UsageError(f"there is no database {shown}; {_MAKE}, or name another with --db or {VARIABLE}")
         return _sqlite_engine(path, "mode=rwc", write=True)
     if write:

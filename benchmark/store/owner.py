@@ -6,6 +6,7 @@ import os
 import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Literal
 
 from moebench.schema import Json
 
@@ -29,6 +30,16 @@ def is_busy(owner: Json, ours: Json, touched_at: str, *, shared: bool) -> bool:
     if host == ours.get("host"):
         return pid != os.getpid() and _alive(pid)
     return shared and datetime.now(UTC) - datetime.fromisoformat(touched_at) < LEASE
+
+
+def state(owner: Json, host: str) -> Literal["alive", "gone", "elsewhere"]:
+    """Whether the process that a run names is at work on this machine, called `host`, is not, or would be on another.
+
+    A process of the same number that began later passes for alive.
+    """
+    if owner.get("host") != host or not isinstance(owner.get("pid"), int):
+        return "elsewhere"
+    return "alive" if _alive(owner["pid"]) else "gone"
 
 
 def _alive(pid: int) -> bool:

@@ -136,16 +136,6 @@ def contradictions(record: ResultRecord, chunks: Sequence[Chunk], n: int) -> lis
     return found
 
 
-def miscounts(record: ResultRecord, chunks: Sequence[Chunk]) -> list[str]:
-    """Where the passes of an aggregate differ from the sum over its samples, in words."""
-    found = []
-    for name in ("forwards", "backwards"):
-        told, counted = getattr(record, name), sum(int(getattr(chunk, name).sum()) for chunk in chunks)
-        if told != counted:
-            found.append(f"{name} is {told}, its samples sum to {counted}")
-    return found
-
-
 def refuse_repeats(chunk: Chunk, earlier: Sequence[Chunk], n: int) -> None:
     """Checks that a chunk holds each sample once, none of them known in its stage, and only samples of the protocol.
 

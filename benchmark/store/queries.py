@@ -1,19 +1,19 @@
-"""The queries and checks behind the methods of the store."""
+"""The queries behind the methods of the store."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import TypeVar
 
 import numpy as np
-from sqlalchemy import Select, select, text, update
+from sqlalchemy import Select, select, update
 from sqlalchemy.orm import Session, selectinload
 
 from moebench.errors import RunError, UsageError
 from moebench.schema import Chunk, IntArray, ProtocolRecord, StoredResult
-from moebench.store import packing, records
+from moebench.store import packing
 from moebench.store.orm import CheckpointRow, ChunkRow, ModelRow, ProtocolRow, ResultRow, RunResultRow, RunRow
 from moebench.store.owner import is_busy
 
@@ -61,19 +61,25 @@ def keep_labels(session: Session, protocol: ProtocolRecord, told: IntArray) -> N
         RunError: they are not one class per sample, or differ from those that are known.
     """
     told = np.asarray(told)
-    if (
-        told.shape != (protocol.n,)
-        or told.dtype.kind not in "iu"
-        or not 0 <= told.min() <= told.max() < protocol.num_classes
-    ):
-        raise RunError(
-            f"labels of {protocol.dataset} must be {protocol.n} numbers from 0 to {protocol.num_classes - 1}"
-        )
+    check_labels(protocol, told)
     known = labels(session, protocol)
     if known is not None and not np.array_equal(known, told):
         raise RunError(f"the labels of {protocol.dataset} differ from those stored for the same data; check the store")
     same = update(ProtocolRow).where(ProtocolRow.data_sha256 == protocol.data_sha256, ProtocolRow.labels.is_(None))
     session.execute(same.values(labels=packing.pack_labels(told)))
+
+
+def check_labels(protocol: ProtocolRecord, told: IntArray) -> None:
+    """Refuses labels that are not one class per sample.
+
+    Raises:
+        RunError: their shape, type or range is wrong.
+    """
+    whole = told.shape == (protocol.n,) and told.dtype.kind in "iu"
+    if not whole or not 0 <= told.min() <= told.max() < protocol.num_classes:
+        raise RunError(
+            f"labels of {protocol.dataset} must be {protocol.n} numbers from 0 to {protocol.num_classes - 1}"
+        )
 
 
 def abandoned(session: Session, run: RunRow, fingerprint: str) -> ResultRow | None:
@@ -134,31 +140,6 @@ def resolve(prefix: str, run_ids: Sequence[str], shown: str) -> str:
     close = difflib.get_close_matches(prefix, run_ids, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(close)}" if close else f"it has {_some(run_ids) if run_ids else 'no runs'}"
     raise UsageError(f"no run {prefix!r} in {shown}; {hint}")
-
-
-def damage(session: Session) -> list[str]:
-    """What SQLite itself finds wrong: broken pages, and references to rows that are not there."""
-    pages = [str(line) for line in session.scalars(text("PRAGMA integrity_check(10)"))]
-    found = [f"damaged file: {line}" for line in pages if line != "ok"]
-    for table, rowid, parent, _ in session.execute(text("PRAGMA foreign_key_check")):
-        found.append(f"{table} {rowid} refers to a {parent} that does not exist")
-    return found
-
-
-def problems(row: ResultRow) -> Iterator[str]:
-    """Where a finished result differs from its samples, or is not shown by the run that made it."""
-    session = Session.object_session(row)
-    link = select(RunResultRow.id).where(RunResultRow.run_id == row.run_id, RunResultRow.result_id == row.id)
-    if session is not None and session.scalar(link) is None:
-        yield f"run {row.run.run_id} made it but does not show it"
-    try:
-        samples = chunks(row)
-    except RunError as error:
-        yield str(error)
-        return
-    record = records.result_record(row)
-    yield from packing.contradictions(record, samples, row.run.protocol.n)
-    yield from packing.miscounts(record, samples)
 
 
 def _chunk(row: ChunkRow) -> Chunk:

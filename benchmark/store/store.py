@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, Self
+from typing import TYPE_CHECKING, Literal, Self
 
 from sqlalchemy import delete, func, select
 from sqlalchemy.orm import Session
@@ -27,9 +27,15 @@ from moebench.schema import (
     StoredResult,
     StoredRun,
 )
-from moebench.store import external, packing, pictures, queries, records
+from moebench.store import activity, external, packing, pictures, queries, records
+from moebench.store.activity import Working
 from moebench.store.connect import Database
 from moebench.store.orm import CheckpointRow, ChunkRow, ClaimRow, ModelRow, ProtocolRow, ResultRow, RunResultRow, RunRow
+
+if TYPE_CHECKING:
+    from moebench.store.joining import Merged
+
+CANCELLED = "cancelled"
 
 
 class Store:
@@ -41,20 +47,22 @@ class Store:
     def __init__(self, database: Database) -> None:
         self._database = database
         self._opened: dict[int, str] = {}
+        self._sound = False
 
     @classmethod
-    def open(cls, where: str | Path | None = None, *, write: bool) -> Self:
+    def open(cls, where: str | Path | None = None, *, write: bool, create: bool = True) -> Self:
         """Opens a database, and for writing makes or upgrades it.
 
         Args:
             where: a file, `sqlite:///FILE` or `postgresql+psycopg://...`; None means the environment variable
                 MOEBENCH_DB, or `results.db`.
             write: whether it will be written to; that this is possible is verified here, before any work.
+            create: whether a database that is not there or empty is made.
 
         Raises:
             UsageError: there is nothing to read, it cannot be written, or it is damaged, foreign or too new.
         """
-        database = Database(where, write=write)
+        database = Database(where, write=write, create=create)
         store = cls(database)
         try:
             if write:
@@ -76,6 +84,11 @@ class Store:
     def where(self) -> str:
         """The database as messages name it; never with a password."""
         return self._database.shown
+
+    @property
+    def found(self) -> str | None:
+        """The schema that the database had when it was opened, None for one that was made."""
+        return self._database.found
 
     def close(self) -> None:
         """Ends all connections; of an SQLite database one file is left."""
@@ -130,6 +143,61 @@ class Store:
             run.status, run.seconds, run.finished_at = status, seconds, queries.now()
             run.flags = [records.plain(asdict(flag)) for flag in flags]
             run.error = None if error is None else records.storable(error)
+
+    def cancel_runs(self, prefixes: Sequence[str]) -> list[StoredRun]:
+        """Ends runs that are running; a process that works on one stops at its next commit, and keeps what it has.
+
+        Raises:
+            UsageError: no run or several runs have an id that begins so, or a run has ended; then none is cancelled.
+        """
+        with self._database.writing() as session:
+            known = session.scalars(select(RunRow.run_id).order_by(RunRow.id)).all()
+            rows = []
+            for run_id in dict.fromkeys(queries.resolve(prefix, known, self.where) for prefix in prefixes):
+                row = session.scalars(queries.all_runs().where(RunRow.run_id == run_id)).one()
+                if row.status != "running":
+                    raise UsageError(
+                        f"run {run_id} has ended already ({row.status}); only running ones can be cancelled"
+                    )
+                rows.append(row)
+            for row in rows:
+                row.status, row.finished_at, row.error = "failed", queries.now(), CANCELLED
+            return [records.stored_run(row) for row in rows]
+
+    def working(self) -> dict[str, Working]:
+        """By run id, how far each run that is not over has come."""
+        with self._database.reading() as session:
+            return activity.working(session)
+
+    def merge(self, other: Store) -> Merged:
+        """Adds all runs and finished results of another database that are not here; all of them or, on errors, none.
+
+        Raises:
+            UsageError: the other database is this one, or damaged, or contradicts this one.
+        """
+        from moebench.store import joining
+
+        if self._database.is_file_of(other._database):
+            raise UsageError(f"{other.where} is the database to merge into; name another one")
+        if not other._sound:
+            other.refuse_unsound()
+        with other._database.reading() as source, self._database.writing() as target:
+            return joining.join(source, target)
+
+    def unlabelled(self) -> list[ProtocolRecord]:
+        """The protocols whose labels are not known."""
+        with self._database.reading() as session:
+            rows = session.scalars(select(ProtocolRow).where(ProtocolRow.labels.is_(None)).order_by(ProtocolRow.id))
+            return [records.protocol_record(row) for row in rows]
+
+    def tell_labels(self, protocol: ProtocolRecord, labels: IntArray) -> None:
+        """Keeps the labels (n,) of a protocol's samples, for all protocols on the same data that lack them.
+
+        Raises:
+            RunError: they are not one class per sample, or differ from those that are known.
+        """
+        with self._database.writing() as session:
+            queries.keep_labels(session, protocol, labels)
 
     def open_cell(self, run_id: str, cell: CellSpec, *, resume: bool) -> tuple[int, list[Chunk]]:
         """Starts a cell, or goes on with one that a dead process left unfinished.
@@ -332,15 +400,23 @@ class Store:
             return [records.claim(row) for row in session.scalars(query)]
 
     def check(self) -> list[str]:
-        """All that is wrong, one line each: damage, dangling references, aggregates that differ from their samples."""
+        """All that is wrong, one line each: damage, dangling references, hashes and aggregates."""
+        from moebench.store import audit
+
         with self._database.reading() as session:
-            found = queries.damage(session) if self._database.backend == "sqlite" else []
-            by_id = queries.finished().order_by(None).order_by(ResultRow.id)
-            for row in session.scalars(by_id):
-                name = f"result {row.id} ({row.attack} on {row.view})"
-                found += [f"{name}: {problem}" for problem in queries.problems(row)]
-                session.expire(row, ["chunks"])
-            return found
+            return list(audit.findings(session, sqlite=self._database.backend == "sqlite"))
+
+    def refuse_unsound(self) -> None:
+        """Looks whether all adds up.
+
+        Raises:
+            UsageError: something does not.
+        """
+        problems = self.check()
+        if problems:
+            more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
+            raise UsageError(f"{self.where} is not sound ({problems[0]}{more}); nothing was changed")
+        self._sound = True
 
     def _refresh_claims(self) -> None:
         packaged = load_claims()
@@ -355,7 +431,7 @@ class Store:
         if run is None:
             raise RunError(f"there is no run {run_id} in {self.where}; a run begins before it has results")
         if run.status != "running":
-            raise RunError(f"run {run_id} has ended ({run.status}{f': {run.error}' if run.error else ''})")
+            raise _ended(run)
         return run
 
     def _unfinished(self, session: Session, result_id: int) -> ResultRow:
@@ -365,4 +441,13 @@ class Store:
         owner = self._opened.get(result_id)
         if owner is not None and owner != row.run.run_id:
             raise RunError(f"run {row.run.run_id} has taken over result {result_id}; start again when it is done")
+        if row.run.status != "running":
+            raise _ended(row.run)
         return row
+
+
+def _ended(run: RunRow) -> RunError:
+    if run.error == CANCELLED:
+        kept = "what was finished is kept, and the same command goes on from there"
+        return RunError(f"run {run.run_id} was cancelled; {kept}")
+    return RunError(f"run {run.run_id} has ended ({run.status}{f': {run.error}' if run.error else ''})")
