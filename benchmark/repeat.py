@@ -20,8 +20,8 @@ from moebench.cells import CellOutcome, run_cell
 from moebench.errors import UsageError
 from moebench.evaluation import EvalSpec, Listener, Prepared, cell_work
 from moebench.identity import CODE
+from moebench.radii import prepare_levels
 from moebench.schema import WARM_START, CellSpec, IntArray, Outcomes, StoredResult, StoredRun
-from moebench.sweep import prepare_levels
 from moebench.warm import WarmStarts
 
 
