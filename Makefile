@@ -32,7 +32,7 @@ $(VENV)/.runtime: pyproject.toml constraints.txt | $(BIN)/pip
 	@touch $@
 
 $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/pip
-	$(BIN)/python -m pip install --quiet -e ".[test,postgres]" -c constraints.txt
+	$(BIN)/python -m pip install --quiet -e ".[test,postgres,parquet,ray]" -c constraints.txt
 	@touch $@ $(VENV)/.runtime
 
 demo: $(VENV)/.runtime
