@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from moebench.provenance import fingerprint
-from moebench.schema import WARM_START, CellSpec, ProtocolRecord, StoredResult, StoredRun
+from moebench.schema import IMPORTED, WARM_START, CellSpec, ProtocolRecord, StoredResult, StoredRun
 
 CODE = "code"
 """Where a run's environment says which version of the model's code it used."""
@@ -69,9 +69,12 @@ def run_fingerprint(cells: Sequence[CellSpec]) -> str:
 
 
 def expected_fingerprint(result: StoredResult) -> str | None:
-    """The fingerprint that a result should have by what is stored of it; None where its code's version is not."""
+    """The fingerprint that a result should have by what is stored of it; None where its code's version is not.
+
+    Nor for a result of another laboratory: it was checked when it was imported, and has a name of its own here.
+    """
     cell, code = result.cell, result.environment.get(CODE)
-    if code is None:
+    if code is None or IMPORTED in result.environment:
         return None
     parameters = dict(cell.parameters)
     source = parameters.pop(WARM_START, None)
@@ -91,7 +94,7 @@ def expected_fingerprint(result: StoredResult) -> str | None:
 
 
 def expected_run_fingerprint(run: StoredRun) -> str | None:
-    """The fingerprint that a run should have; None where it did not get to its end or is not told its code."""
-    if run.status != "done" or CODE not in run.environment:
+    """The fingerprint that a run should have; None where it is not done, external or not told its code."""
+    if run.status != "done" or CODE not in run.environment or IMPORTED in run.environment:
         return None
     return run_fingerprint([result.cell for result in run.results])

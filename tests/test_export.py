@@ -65,7 +65,7 @@ def show(monkeypatch: pytest.MonkeyPatch, moebench: Terminal) -> Callable[..., S
 def named(*names: str) -> FakeStore:
     store = FakeStore()
     for at, name in enumerate(names):
-        store.add(model(name, paper=paper()), "autoattack", first_broken(200, 20 + at), stage="apgd-ce")
+        store.add(model(name, paper=paper()), "autoattack", first_broken(200, 20 + 10 * at), stage="apgd-ce")
         store.add(model(name, paper=paper()), "pgd-50", first_broken(200, 10 + at), stage="pgd")
     return store
 
@@ -182,8 +182,8 @@ def test_markdown_sets_the_best_bold_and_the_second_underlined() -> None:
     (text,) = export(store, Choice("markdown", ("leaderboard",))).files.values()
     lines = [line for line in text.decode().splitlines() if line.startswith("| ")][2:]
     assert "**90.0**" in lines[0]
-    assert "<ins>89.5</ins>" in lines[1]
-    assert lines[2].startswith("| 3 | c | 89.0 ± ")
+    assert "<ins>85.0</ins>" in lines[1]
+    assert lines[2].startswith("| 3 | c | 80.0 ± ")
 
 
 # BibTeX

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from browsing import until
 from fake_store import FakeStore, claim, demo, first_broken, model, paper, protocol
 from scipy.stats import binomtest
 
@@ -241,13 +242,13 @@ def test_sorting_keeps_what_is_missing_and_who_has_no_rank_at_the_end(visit: Cal
 
 def test_small_tables_sort_too(visit: Callable[..., Any], site: Path) -> None:
     page = visit(site / "models" / "rt-er.html")
-    table = page.locator("table.sortable").first
+    table = page.locator("table.sortable", has=page.get_by_role("columnheader", name="Accuracy, %")).first
     table.scroll_into_view_if_needed()
     head = table.get_by_role("columnheader", name="Accuracy, %")
-    page.wait_for_function("document.querySelector('table.sortable.sorting')")
+    until(page, "document.querySelector('table.sortable.sorting')")
     head.click()
     table.locator('th[aria-sort="descending"]').wait_for()
-    column = "rows => rows.map(row => Number(row.cells[4].dataset.sort))"
+    column = "rows => rows.map(row => Number(row.cells[3].dataset.sort))"
     found = table.locator("tbody tr").evaluate_all(column)
     assert found == sorted(found, reverse=True)
     assert len(set(found)) > 1
@@ -430,7 +431,7 @@ def test_a_row_is_copied_as_latex_markdown_and_bibtex(visit: Callable[..., Any],
     board(page).get_by_label("Reasons and citation of rt-er", exact=True).click()
     for kind in ("LaTeX", "Markdown", "BibTeX"):
         page.get_by_role("button", name=kind, exact=True).click()
-        page.wait_for_function("words => document.querySelector('.status').textContent === words", arg=f"{kind} copied")
+        until(page, "words => document.querySelector('.status').textContent === words", arg=f"{kind} copied")
         copies[kind] = page.evaluate("navigator.clipboard.readText()")
         assert page.locator("pre.copied").text_content() == copies[kind]
     value, low, high = 100 * measured.value, 100 * measured.low, 100 * measured.high

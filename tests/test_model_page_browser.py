@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from browsing import until
 from fake_store import FakeStore, claim, example, first_broken, model, protocol, routing
 from test_report import CHROMIUM, CHROMIUM_ARGS
 
@@ -87,9 +88,7 @@ def open_all(page: Any) -> None:
           }
         }"""
     )
-    page.wait_for_function(
-        "[...document.querySelectorAll('figure.chart .plot')].every(one => one.querySelector('svg'))"
-    )
+    until(page, "[...document.querySelectorAll('figure.chart .plot')].every(one => one.querySelector('svg'))")
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(1440, "light"), (390, "dark")])
@@ -100,7 +99,7 @@ def test_a_page_with_everything_draws_all_figures_without_complaint_or_network(
     open_all(page)
     assert page.locator("figure.chart").count() >= 12
     assert page.evaluate("document.documentElement.scrollWidth") <= width
-    page.wait_for_function("[...document.images].every(one => one.complete)")
+    until(page, "[...document.images].every(one => one.complete)")
     assert page.evaluate("[...document.images].every(one => one.naturalWidth === 8 && one.clientWidth >= 64)")
     assert problems == []
     page.context.close()
@@ -144,7 +143,7 @@ def test_a_command_is_copied_from_a_page_on_disk(browser: Any, site: Path, allow
     button = page.get_by_role("button", name="Copy command 1", exact=True)
     button.focus()
     page.keyboard.press("Enter")
-    page.wait_for_function("[...document.querySelectorAll('button.copy')].some(one => one.textContent === 'Copied')")
+    until(page, "[...document.querySelectorAll('button.copy')].some(one => one.textContent === 'Copied')")
     told = page.evaluate("navigator.clipboard.readText()" if allowed else "window.copied")
     assert told.strip() == page.locator("#reproduce pre").first.inner_text().strip()
     assert told.startswith("moebench evaluate --model full")

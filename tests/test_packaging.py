@@ -197,6 +197,8 @@ def test_the_report_reads_the_store_only() -> None:
         "papers",
         "published",
         "attack_names",
+        "registry",
+        "flags",
         "__version__",
     }
     assert [

@@ -192,7 +192,7 @@ def test_experts_are_fresh_copies() -> None:
 
 
 def test_names_say_loss_and_training() -> None:
-    assert len(NAMES) == 12
+    assert len(NAMES) == 14
     for name in NAMES:
         entry = MODELS.get(name)
         recipe = recipe_of(name)
@@ -201,8 +201,9 @@ def test_names_say_loss_and_training() -> None:
         )
         assert (recipe.balance_loss, recipe.balance) == (loss, 0.1 if name == "conv-moe" else 0.5)
         assert (entry.settings.get("noise", 0.0) == 0) == (loss == "entropy")
+        training = next((how for how in ("fast-at", "free-at") if name.endswith(how)), "adversarial")
         assert (entry.training, recipe.select) == (
-            ("standard", "clean") if name.endswith("-st") else ("adversarial", "robust")
+            ("standard", "clean") if name.endswith("-st") else (training, "robust")
         )
         assert recipe.attack_steps == 7 and recipe.step_fraction == 0.25 and recipe.batch_size >= 16 * 4
 

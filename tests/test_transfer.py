@@ -371,7 +371,7 @@ def test_the_report_ranks_no_parts_and_has_one_column(moebench: Terminal) -> Non
         "ra[transfer]_low",
         "ra[transfer]_high",
     ]
-    assert sorted(path.name for path in (moebench.folder / "reports/models").iterdir()) == [
+    assert sorted(path.name for path in (moebench.folder / "reports/models").glob("*.html")) == [
         f"{DENSE}.html",
         f"{MOE}.html",
     ]

@@ -387,7 +387,7 @@ def test_adversarial_training_comes_to_its_radius_by_steps(name: str) -> None:
     spans = [phase.span for phase in entry.objective]
     assert (spans[0][0], spans[-1][1]) == (0, 1) and all(a[1] == b[0] for a, b in pairwise(spans))
     seen: list[Tensor] = []
-    made, x, y = entry.make(10, DIGITS).eval(), images(4), torch.arange(4)
+    made, x, y = entry.make(10, DIGITS).train(), images(4), torch.arange(4)
     made.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
 
     def adversary(forward: object, clean: Tensor, loss: object, **options: object) -> Tensor:

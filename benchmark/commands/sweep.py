@@ -44,7 +44,7 @@ def sweep_command(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Run what the database lacks of a suite, for many models; failures are told at the end."""
+    """Run what the database lacks of a suite."""
     radius = None if eps is None else parse_eps(eps)
     if radius is not None:
         ThreatModel(options["norm"], radius)

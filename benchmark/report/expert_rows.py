@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from moebench.metrics import Measure, from_accuracy, measure, worst_case
 from moebench.report.evidence import Evidence, eligible, group_key, names, newest
 from moebench.report.settings import Setting
-from moebench.schema import EXPERT_VIEW, PARTS, RoutingLayer, split_part
+from moebench.report.text import split_name
+from moebench.schema import EXPERT_VIEW, PARTS, RoutingLayer
 
 ALL_LAYERS = ""
 """The layer of `expert[i]`, which stands in the place of every MoE layer."""
@@ -109,7 +110,7 @@ def _alone(setting: Setting, parts: Sequence[Evidence]) -> dict[str, Alone]:
     model = setting.cells[0].stored.model.name
     for one in parts:
         stored = one.stored
-        name, part = split_part(stored.model.name)
+        name, part = split_name(stored.model.name)
         if part is None or name != model or not eligible(stored):
             continue
         own = hashlib.sha256(f"{setting.checkpoint.sha256}/{part}".encode()).hexdigest()

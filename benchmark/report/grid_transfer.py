@@ -10,7 +10,7 @@ import numpy as np
 from moebench.metrics import Measure, measure
 from moebench.papers import attack_paper
 from moebench.report import grid_boards
-from moebench.report.evidence import WHOLE, ReadableStore, group_key, newest
+from moebench.report.evidence import WHOLE, ReadableStore, group_key, newest, result_key
 from moebench.report.external import is_external
 from moebench.report.grid import Absent, Cell, Column, Grid, Label, Line, Share
 from moebench.report.text import fold
@@ -25,7 +25,7 @@ Pairs = dict[tuple[str, str], StoredResult]
 def transfer_grids(store: ReadableStore) -> list[Grid]:
     """One matrix per protocol, attack on the sources and seed; experts and halves of models count as models."""
     groups: dict[tuple[Any, ...], list[StoredResult]] = {}
-    results = [one for one in store.results(newest_only=True) if not is_external(one)]
+    results = sorted((one for one in store.results(newest_only=True) if not is_external(one)), key=result_key)
     for stored in results:
         made = crafting(stored)
         if made is not None:

@@ -9,6 +9,9 @@ import unicodedata
 from collections.abc import Mapping
 from typing import Any
 
+from moebench.errors import UsageError
+from moebench.schema import split_part
+
 RESERVED = frozenset({"con", "prn", "aux", "nul", *(f"{port}{i}" for port in ("com", "lpt") for i in range(1, 10))})
 MAX_SLUG = 60
 FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n")
@@ -130,3 +133,16 @@ def safe(value: Any) -> Any:
     if isinstance(value, str) and value.lstrip(" ").startswith(FORMULA_STARTS):
         return f"'{value}"
     return value
+
+
+def split_name(name: str) -> tuple[str, str | None]:
+    """The name of a model without its part, and the part; what only looks like a part belongs to the name."""
+    try:
+        return split_part(name)
+    except UsageError:
+        return name, None
+
+
+def without_part(name: str) -> str:
+    """The name of a model without its part."""
+    return split_name(name)[0]

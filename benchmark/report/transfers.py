@@ -14,11 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from moebench.errors import UsageError
 from moebench.metrics import Measure, Paired, measure, paired, worst_case
 from moebench.report.evidence import ReadableStore, group_key, newest, result_key
-from moebench.report.text import digest, slug
-from moebench.schema import BoolArray, Json, Outcomes, ProtocolRecord, StoredResult, split_part
+from moebench.report.text import digest, slug, without_part
+from moebench.schema import BoolArray, Json, Outcomes, ProtocolRecord, StoredResult
 
 TRANSFER = "transfer"
 """Name under which pairs of source and target are stored."""
@@ -71,7 +70,7 @@ class Party:
     @property
     def kin(self) -> str:
         """The model that it is, or is a part of; what is of one kin shares weights."""
-        return _whole_of(self.name)
+        return without_part(self.name)
 
 
 @dataclass(frozen=True)
@@ -225,7 +224,7 @@ def _board(
         names = [name for name, _ in keys]
         found = []
         # Whole models first, then parts; each with its kin.
-        for name, weights in sorted(keys, key=lambda one: (_whole_of(one[0]) != one[0], one)):
+        for name, weights in sorted(keys, key=lambda one: (without_part(one[0]) != one[0], one)):
             number = known.get((where, name, weights))
             right = None if number is None else right_clean(store.outcomes(number))
             label = f"{name} · {weights[:8]}" if names.count(name) > 1 else name
@@ -261,11 +260,3 @@ def _pair(stored: StoredResult, store: ReadableStore, source: Party, target: Par
 
 def _target_key(stored: StoredResult) -> Key:
     return stored.model.name, stored.checkpoint.sha256
-
-
-def _whole_of(name: str) -> str:
-    """A model's name without its part; what only looks like one is a name."""
-    try:
-        return split_part(name)[0]
-    except UsageError:
-        return name

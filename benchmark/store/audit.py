@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session, undefer
 from moebench.errors import RunError, UsageError
 from moebench.identity import expected_fingerprint, expected_run_fingerprint
 from moebench.metrics import wilson
-from moebench.schema import Chunk, Example, IntArray, Outcomes, ResultRecord, StoredResult
+from moebench.schema import IMPORTED, Chunk, Example, IntArray, Outcomes, ResultRecord, StoredResult
 from moebench.store import packing, pictures, queries, records
 from moebench.store.orm import CheckpointRow, ModelRow, ProtocolRow, ResultRow, RunResultRow
 from moebench.store.routing_audit import routing_problems
@@ -125,6 +125,9 @@ def aggregate_problems(stored: StoredResult, chunks: Sequence[Chunk], labels: In
     for name, (has, gives) in told.items():
         if gives is not None and not abs(has - gives) <= _TOLERANCE * max(1.0, abs(gives)):
             yield f"{name} is {has:.6g}, its samples give {gives:.6g}"
+    if IMPORTED in stored.environment:
+        # Another laboratory's file tells what became of each sample, not in which stage and at what cost.
+        return
     yield from stage_problems(record, chunks)
     yield from routing_problems(record, chunks)
     if labels is not None:
