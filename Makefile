@@ -76,8 +76,8 @@ zoo: $(VENV)/.runtime
 results: export OMP_NUM_THREADS = 1
 results: $(VENV)/.runtime
 	$(BIN)/moebench sweep --suite v1 --datasets digits
-	$(BIN)/moebench evaluate --model dual-moe --set mixing=probabilities --attack fgsm,pgd-50,universal-pgd
-	$(BIN)/moebench evaluate --model dual-moe --set mixing=probabilities --attack autoattack,moe-adaptive --view whole
+	$(BIN)/moebench evaluate --model dual-moe --set mixing=probabilities --attack fgsm,pgd-50
+	$(BIN)/moebench evaluate --model dual-moe --set mixing=probabilities --attack autoattack,moe-adaptive,universal-pgd --view whole
 	$(BIN)/moebench report --out reports
 
 clean:

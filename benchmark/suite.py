@@ -27,6 +27,9 @@ from moebench.models._weights import shipped_weights
 from moebench.schema import SUITES
 from moebench.summary import Summary
 
+WHOLE_ONLY = frozenset({"universal-pgd"})
+"""Attacks that a suite runs on the whole model alone: making one perturbation for all images takes minutes per view."""
+
 Command = Callable[[EvalSpec], str]
 """From what is evaluated to the command that repeats it."""
 
@@ -47,7 +50,7 @@ class Failure:
 
 @dataclass(frozen=True)
 class ModelPlan:
-    """The suite on one model and data set: the evaluation, its cells, and what a full pass costs (FLOPs, 1 unknown)."""
+    """Attacks of the suite on one model and data set, their cells, and what a pass costs (FLOPs, 1 unknown)."""
 
     spec: EvalSpec
     cells: tuple[PlannedCell, ...]
@@ -82,7 +85,7 @@ class Planned:
 
 @dataclass(frozen=True)
 class Swept:
-    """What a sweep did; `complete` counts the models of which the store had everything."""
+    """What a sweep did; `complete` counts the plans of which the store had everything."""
 
     summaries: tuple[Summary, ...]
     failures: tuple[Failure, ...]
@@ -136,7 +139,7 @@ def plan_suite(
         if watcher is not None:
             watcher.planning(number, len(pairs), model)
         try:
-            plans.append(_plan(replace(base, model=model, dataset=dataset), attacks))
+            plans += _plans(replace(base, model=model, dataset=dataset), attacks)
         except MoebenchError as error:
             failures.append(Failure(model, dataset, "", str(error)))
     if not plans and len({failure.error for failure in failures}) == 1:
@@ -145,12 +148,18 @@ def plan_suite(
     return Planned(tuple(plans), tuple(failures))
 
 
-def _plan(spec: EvalSpec, attacks: Sequence[AttackPlan]) -> ModelPlan:
+def _plans(spec: EvalSpec, attacks: Sequence[AttackPlan]) -> list[ModelPlan]:
+    """One plan for the attacks on all headline views, and one for those on the whole model alone."""
     clean = prepare(replace(spec, attacks=()), [])
     fitting = [plan for plan in attacks if applies(plan, clean.loaded)]
-    spec = replace(spec, attacks=tuple(plan.name for plan in fitting))
-    prepared = prepare(spec, fitting)
-    return ModelPlan(spec, tuple(planned_cells(prepared)), prepared.loaded.checkpoint.flops or 1)
+    found = []
+    for only, views in ((False, ()), (True, ("whole",))):
+        chosen = [plan for plan in fitting if (plan.name in WHOLE_ONLY) == only]
+        if chosen:
+            own = replace(spec, attacks=tuple(plan.name for plan in chosen), views=views)
+            prepared = prepare(own, chosen)
+            found.append(ModelPlan(own, tuple(planned_cells(prepared)), prepared.loaded.checkpoint.flops or 1))
+    return found
 
 
 def run_suite(planned: Planned, command: Command, watcher: Watcher | None = None) -> Swept:

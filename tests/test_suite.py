@@ -10,6 +10,7 @@ import pytest
 from commands import Terminal
 
 import moebench.evaluation
+import moebench.suite
 from moebench.schema import SUITES
 from moebench.store import Store
 
@@ -126,3 +127,19 @@ def test_a_model_that_cannot_be_loaded_is_told_and_the_others_go_on(moebench_: T
 )
 def test_wrong_input(moebench_: Terminal, words: tuple[str, ...], expected: str) -> None:
     assert expected in moebench_.refuses("sweep", *words)
+
+
+def test_some_attacks_run_on_the_whole_model_alone(moebench_: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(moebench.suite, "WHOLE_ONLY", frozenset({"fgsm"}))
+    said = moebench_("sweep", "--n", 10, "--models", "st-moe", "--json").json
+    assert [sorted({(one["attack"], one["view"]) for one in run["results"]}) for run in said["runs"]] == [
+        [
+            *(("apgd-ce[steps=2]", view) for view in ("experts", "router", "whole")),
+            *(("pgd-3", view) for view in ("experts", "router", "whole")),
+            ("smooth-fgsm", "smooth"),
+        ],
+        [("fgsm", "whole")],
+    ]
+    with Store.open("results.db", write=False) as store:
+        (command,) = [run.command for run in store.runs() if len(run.results) == 1]
+    assert command == "moebench evaluate --model st-moe --dataset digits --attack fgsm --view whole --n 10"

@@ -109,7 +109,7 @@ def say_swept(swept: Swept) -> None:
             table.add_row(escape(one.model), escape(one.dataset), str(one.n), *numbers, *ends)
         console.print(table)
     if swept.complete:
-        console.print(f"{swept.complete} models had every result in the database already.")
+        console.print(f"{swept.complete} evaluations had every result in the database already.")
     _say_failures(console, swept.failures)
 
 

@@ -58,7 +58,7 @@ def sweep_command(
     from moebench.suite import plan_suite, run_suite
 
     def command(spec: EvalSpec) -> str:
-        return command_line(spec.model, spec.dataset, spec.attacks, (), eps, (), options)
+        return command_line(spec.model, spec.dataset, spec.attacks, spec.views, eps, (), options)
 
     base = EvalSpec(model="", eps=radius, **options)
     with watching() as watcher, users_code():
