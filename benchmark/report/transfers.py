@@ -6,7 +6,7 @@ experts, halves of dual models) are sources and targets like any other.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from statistics import fmean
@@ -191,9 +191,14 @@ class TransferBoard:
         return float(np.mean(right & ~self.pairs[at].left))
 
 
-def build(store: ReadableStore) -> tuple[TransferBoard, ...]:
-    """The boards that the transfer results of a store make, largest first; none where it holds no such result."""
-    results = sorted(store.results(newest_only=True), key=result_key)
+def build(store: ReadableStore, counts: Callable[[StoredResult], bool] = lambda _: True) -> tuple[TransferBoard, ...]:
+    """The boards that the transfer results of a store make, largest first; none where it holds no such result.
+
+    Args:
+        store: what to read.
+        counts: which of its results count.
+    """
+    results = sorted(filter(counts, store.results(newest_only=True)), key=result_key)
     groups: dict[tuple[Any, ...], list[StoredResult]] = {}
     for stored in results:
         source = origin(stored)
