@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import re
+from base64 import b64decode
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -315,7 +316,11 @@ def with_pictures(**facts: Any) -> FakeStore:
     return store
 
 
-def test_pictures_decode_to_the_images_and_the_magnified_perturbation() -> None:
+@pytest.mark.parametrize("inline", [True, False])
+def test_pictures_decode_to_the_images_and_the_magnified_perturbation(
+    monkeypatch: pytest.MonkeyPatch, inline: bool
+) -> None:
+    monkeypatch.setattr(examples, "INLINE", 1024 if inline else 0)
     store = with_pictures()
     page, files = page_of(store), render(store)
     ((gallery,),) = (one.galleries for one in page.details.settings)
@@ -323,7 +328,8 @@ def test_pictures_decode_to_the_images_and_the_magnified_perturbation() -> None:
     for given, shown in zip(store.pictures[1], gallery.shown, strict=True):
         wanted = (given.clean, 0.5 + 2.5 * (given.adversarial.astype(float) - given.clean), given.adversarial)
         for image, picture in zip(wanted, shown.pictures, strict=True):
-            content = files[f"models/{picture.path}"]
+            assert picture.path.startswith("data:") == inline
+            content = b64decode(picture.path.partition(",")[2]) if inline else files[f"models/{picture.path}"]
             assert isinstance(content, bytes)
             pixels = np.asarray(Image.open(io.BytesIO(content)))
             assert np.array_equal(pixels, np.clip(np.rint(image[0] * 255), 0, 255))
@@ -371,7 +377,10 @@ def test_an_example_names_its_classes_predictions_and_experts() -> None:
     assert page.count('loading="lazy"') == 9
 
 
-def test_pictures_of_an_earlier_report_go_and_foreign_ones_stay(tmp_path: Path) -> None:
+def test_pictures_of_an_earlier_report_go_and_foreign_ones_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(examples, "INLINE", 0)
     store = with_pictures()
     written = write_report(store, tmp_path)
     pictures = {path for path in written if path.suffix == ".png"}

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from safetensors.numpy import load
 from moebench.errors import RunError
 from moebench.schema import Chunk
 from moebench.store import merge
-from moebench.store.packing import pack, unpack
+from moebench.store.packing import opened, pack, press, unpack
 
 BIG = 2**63 - 1
 edges = st.sampled_from([-BIG - 1, -129, -128, 0, 255, 256, 2**31, BIG])
@@ -56,8 +57,17 @@ def test_a_shortened_blob_is_refused(chunk: Chunk, cut: int) -> None:
 
 def test_small_numbers_take_little_room() -> None:
     chunk = make_chunk("apgd-ce", range(256))
-    assert {array.dtype.itemsize for name, array in load(pack(chunk)).items() if name != "distance"} == {1}
-    assert len(pack(chunk)) < 256 * 11 + 800
+    assert {array.dtype.itemsize for name, array in load(opened(pack(chunk))).items() if name != "distance"} == {1}
+    assert len(opened(pack(chunk))) < 256 * 11 + 800
+    assert len(pack(chunk)) < 256 * 11
+    assert press(pack(chunk)) == pack(chunk)
+    assert unpack("apgd-ce", chunk.seconds, opened(pack(chunk))) is not None, "plain blobs of earlier versions are read"
+
+
+@pytest.mark.parametrize("spoil", [lambda blob: blob[:-9], lambda blob: blob[:20] + b"?" + blob[21:]])
+def test_a_damaged_compressed_blob_is_refused(spoil: Callable[[bytes], bytes]) -> None:
+    with pytest.raises(RunError, match="is damaged"):
+        unpack("apgd-ce", 1.0, spoil(pack(make_chunk("apgd-ce", range(64)))))
 
 
 def test_arrays_of_other_integer_types_and_strides_are_accepted() -> None:

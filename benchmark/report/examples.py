@@ -5,6 +5,7 @@ PNG files of the images' own size beside the page, named by the hash of their by
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import io
 import math
@@ -21,6 +22,9 @@ from moebench.report.settings import Setting
 from moebench.schema import Example, ExpertChoice, ThreatModel
 
 FOLDER = "pictures"
+
+INLINE = 1024
+"""Bytes of a picture up to which it stands in the page itself: a digit has some 150, and there are thousands."""
 MARK = "moebench report"
 """Kept in every file, so that a later report knows its own pictures."""
 
@@ -150,8 +154,11 @@ def _shown(setting: Setting, example: Example, factor: float, files: dict[str, b
 
 def _picture(image: NDArray[np.floating], alt: str, files: dict[str, bytes]) -> Picture:
     content = png(image)
-    path = f"{FOLDER}/{hashlib.sha256(content).hexdigest()[:20]}.png"
-    files[path] = content
+    if len(content) <= INLINE:
+        path = f"data:image/png;base64,{base64.b64encode(content).decode('ascii')}"
+    else:
+        path = f"{FOLDER}/{hashlib.sha256(content).hexdigest()[:20]}.png"
+        files[path] = content
     height, width = image.shape[1:]
     longest = max(height, width, 1)
     times = math.ceil(SMALL / longest) if longest < SMALL else min(1.0, LARGE / longest)

@@ -9,7 +9,7 @@ from moebench.report.bars import bars_chart
 from moebench.report.charts import Chart
 from moebench.report.claims import ClaimRow, of_main_configuration
 from moebench.report.eps_curves import curve_charts
-from moebench.report.evidence import Evidence, ReadableStore
+from moebench.report.evidence import WHOLE, Evidence, ReadableStore
 from moebench.report.examples import Gallery, gallery
 from moebench.report.expert_rows import ExpertTable, expert_table
 from moebench.report.history import history_chart
@@ -122,10 +122,14 @@ def _classes(store: ReadableStore, setting: Setting) -> Panel:
 
 
 def _galleries(store: ReadableStore, setting: Setting) -> tuple[Gallery, ...]:
-    """The examples of every result, those of the strongest attack on the whole model first."""
-    order = sorted(setting.cells, key=lambda one: (one.view != "whole", left(one)))
-    found = (gallery(setting, one, store.examples(one.stored.result_id)) for one in order)
-    return tuple(one for one in found if one is not None)
+    """The examples of the strongest attack on each view that has some, those on the whole model first."""
+    shown: dict[str, Gallery] = {}
+    for one in sorted(setting.cells, key=lambda one: (one.view != WHOLE, one.view, left(one))):
+        if one.view not in shown:
+            found = gallery(setting, one, store.examples(one.stored.result_id))
+            if found is not None:
+                shown[one.view] = found
+    return tuple(shown.values())
 
 
 def _history(checkpoint: CheckpointRecord) -> Panel:

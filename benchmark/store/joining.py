@@ -154,7 +154,8 @@ def _join_results(source: Session, target: Session, runs: dict[int, int], merged
         at = results[row["id"]] = _add(target, "result", row, run_id=runs[row["run_id"]])
         for part in ("chunk", "example"):
             for piece in _rows(source, part, result_id=row["id"]):
-                _add(target, part, piece, result_id=at)
+                arrays = {"arrays": packing.press(piece["arrays"])} if part == "chunk" else {}
+                _add(target, part, piece, result_id=at, **arrays)
         merged.results += 1
     return results
 

@@ -1,7 +1,8 @@
-"""Chunks and labels as safetensors blobs, and chunks merged into the per-sample evidence of a cell."""
+"""Chunks and labels as compressed safetensors blobs, and chunks merged into the per-sample evidence of a cell."""
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +21,36 @@ _INTS = ("index", "clean_pred", "adv_pred", "forwards", "backwards")
 _EXTRA = "extra/"
 _NARROW = tuple(np.dtype(name) for name in ("uint8", "int8", "uint16", "int16", "int32", "int64"))
 _TOLERANCE = 1e-6
+
+
+_PRESSED = b"zlib-st:"
+"""What a compressed blob begins with; a plain one begins with a length whose upper bytes are 0."""
+
+LARGEST = 2**31
+"""Bytes that a blob may unpack to."""
+
+
+def press(blob: bytes) -> bytes:
+    """The blob compressed; one that is already is given back. Verdicts and routing shrink to two fifths."""
+    return blob if blob.startswith(_PRESSED) else _PRESSED + zlib.compress(blob)
+
+
+def opened(blob: bytes) -> bytes:
+    """What `press` was given; a plain blob is given back.
+
+    Raises:
+        ValueError: it is damaged, or larger than any blob of ours.
+    """
+    if not blob.startswith(_PRESSED):
+        return blob
+    unpacker = zlib.decompressobj()
+    try:
+        plain = unpacker.decompress(blob[len(_PRESSED) :], LARGEST)
+    except zlib.error as error:
+        raise ValueError(str(error)) from None
+    if not unpacker.eof:
+        raise ValueError("it is cut short or too large")
+    return plain
 
 
 def pack(chunk: Chunk) -> bytes:
@@ -42,7 +73,7 @@ def pack(chunk: Chunk) -> bytes:
             f"a chunk of stage {chunk.stage!r} has {len(chunk)} samples, but {wrong[0]!r} has another length"
         )
     packed = {name: _narrow(array) if name in ints else array for name, array in {**arrays, **extras}.items()}
-    return save({name: np.ascontiguousarray(array) for name, array in packed.items()})
+    return press(save({name: np.ascontiguousarray(array) for name, array in packed.items()}))
 
 
 def unpack(stage: str, seconds: float, blob: bytes) -> Chunk:
@@ -52,7 +83,7 @@ def unpack(stage: str, seconds: float, blob: bytes) -> Chunk:
         RunError: the blob is damaged.
     """
     try:
-        arrays = load(blob)
+        arrays = load(opened(blob))
         ints: dict[str, Any] = {name: arrays[name].astype(np.int64) for name in _INTS}
         chunk = Chunk(
             stage=stage,
