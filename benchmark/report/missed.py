@@ -39,7 +39,9 @@ class Missed:
 
 
 def missed(label: str, page: str, cells: Sequence[Evidence]) -> Missed | None:
-    """Both attacks on the whole model, from one checkpoint's results on one sample set; None for a dense model.
+    """Both attacks on the whole model, from one checkpoint's results on one sample set.
+
+    None for a dense model, and where neither has been run.
 
     Args:
         label: what the checkpoint is called in tables.
@@ -48,7 +50,7 @@ def missed(label: str, page: str, cells: Sequence[Evidence]) -> Missed | None:
     """
     whole = [one for one in cells if one.view == WHOLE]
     standard, adaptive = ([one for one in whole if one.attack == name] for name in (STANDARD, ADAPTIVE))
-    if not adaptive and cells[0].stored.model.family not in ROUTED:
+    if not adaptive and (not standard or cells[0].stored.model.family not in ROUTED):
         return None
     measures = [
         measure(worst_case([one.outcomes for one in group])) if group else None for group in (standard, adaptive)
