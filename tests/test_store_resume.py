@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -110,3 +111,14 @@ def test_who_lost_a_cell_cannot_write_to_it(store: Store, tmp_path: Path, dead_p
         store.append_chunk(result_id, make_chunk())
     with pytest.raises(RunError, match="run run-slow has ended"):
         store.finish_run("run-slow", "done", seconds=1)
+
+
+def test_a_run_that_died_before_it_worked_is_closed_by_the_next_of_its_kind(
+    store: Store, dead_pid: int, living_pid: int
+) -> None:
+    store.begin_run(replace(run_of("run-dead", dead_pid), fingerprint="same work"))
+    store.begin_run(replace(run_of("run-alive", living_pid), fingerprint="same work"))
+    store.begin_run(replace(run_of("run-new", os.getpid()), fingerprint="same work"))
+    status = {run.run_id: (run.status, run.error) for run in store.runs()}
+    assert status["run-dead"] == ("failed", "its process ended before it began to work; run run-alive began anew")
+    assert status["run-alive"] == status["run-new"] == ("running", None)

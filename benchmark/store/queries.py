@@ -12,7 +12,7 @@ from sqlalchemy import Select, select, update
 from sqlalchemy.orm import Session, selectinload
 
 from moebench.errors import RunError, UsageError
-from moebench.schema import Chunk, IntArray, ProtocolRecord, StoredResult
+from moebench.schema import Chunk, IntArray, Json, ProtocolRecord, StoredResult
 from moebench.store import packing
 from moebench.store.orm import CheckpointRow, ChunkRow, ModelRow, ProtocolRow, ResultRow, RunResultRow, RunRow
 from moebench.store.owner import is_busy
@@ -97,6 +97,22 @@ def abandoned(session: Session, run: RunRow, fingerprint: str) -> ResultRow | No
         ):
             return row
     return None
+
+
+def close_gone(session: Session, run_id: str, fingerprint: str, environment: Json) -> None:
+    """Marks as failed the earlier runs of the same work whose process ended before it held any of it.
+
+    A run that holds an unfinished cell is left to the one that goes on with that cell.
+    """
+    holding = select(ResultRow.run_id).where(ResultRow.status == "running")
+    query = select(RunRow).where(
+        RunRow.status == "running", RunRow.fingerprint == fingerprint, RunRow.id.not_in(holding)
+    )
+    many_machines = session.get_bind().dialect.name != "sqlite"
+    for row in session.scalars(query):
+        if not is_busy(row.environment, environment, row.started_at, shared=many_machines):
+            row.status, row.finished_at = "failed", now()
+            row.error = f"its process ended before it began to work; run {run_id} began anew"
 
 
 def chunks(row: ResultRow) -> list[Chunk]:

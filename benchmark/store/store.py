@@ -107,6 +107,7 @@ class Store:
         with self._database.writing() as session:
             if session.scalar(select(RunRow.id).where(RunRow.run_id == start.run_id)) is not None:
                 raise RunError(f"run {start.run_id} is already in {self.where}; every run needs an id of its own")
+            queries.close_gone(session, start.run_id, start.fingerprint, start.environment)
             session.add(
                 RunRow(
                     run_id=start.run_id,
