@@ -104,12 +104,6 @@ def chunks(row: ResultRow) -> list[Chunk]:
     return [_chunk(chunk) for chunk in row.chunks]
 
 
-def stage_chunks(session: Session, result_id: int, stage: str) -> list[Chunk]:
-    """The chunks of one stage of a result."""
-    query = select(ChunkRow).where(ChunkRow.result_id == result_id, ChunkRow.stage == stage)
-    return [_chunk(chunk) for chunk in session.scalars(query)]
-
-
 def newest(found: Sequence[StoredResult]) -> list[StoredResult]:
     """The first result of each fingerprint."""
     first: dict[str, StoredResult] = {}

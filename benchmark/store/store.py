@@ -47,6 +47,7 @@ class Store:
     def __init__(self, database: Database) -> None:
         self._database = database
         self._opened: dict[int, str] = {}
+        self._known: dict[int, packing.Known] = {}
         self._sound = False
 
     @classmethod
@@ -226,6 +227,7 @@ class Store:
                 row.run, row.touched_at = run, queries.now()
             session.flush()
             self._opened[row.id] = run_id
+            self._known.pop(row.id, None)
             return row.id, queries.chunks(row)
 
     def append_chunk(self, result_id: int, chunk: Chunk) -> None:
@@ -235,23 +237,35 @@ class Store:
             RunError: a sample is in that stage already, the arrays are malformed, or the result is finished or another
                 run's by now.
         """
-        blob = packing.pack(chunk)
+        self.append_chunks(result_id, [chunk])
+
+    def append_chunks(self, result_id: int, chunks: Sequence[Chunk]) -> None:
+        """Commits several chunks in one transaction, all or none; errors as in `append_chunk`."""
+        blobs = [packing.pack(chunk) for chunk in chunks]
         with self._database.writing() as session:
             row = self._unfinished(session, result_id)
-            packing.refuse_repeats(chunk, queries.stage_chunks(session, result_id, chunk.stage), row.run.protocol.n)
+            known = self._known.get(result_id)
+            if known is None:
+                known = packing.Known(row.run.protocol.n, queries.chunks(row))
+            known = known.with_(chunks)
             last = session.scalar(select(func.max(ChunkRow.seq)).where(ChunkRow.result_id == result_id))
-            session.add(
-                ChunkRow(
-                    result_id=result_id,
-                    stage=chunk.stage,
-                    seq=0 if last is None else last + 1,
-                    n=len(chunk),
-                    seconds=float(chunk.seconds),
-                    arrays=blob,
+            first = 0 if last is None else last + 1
+            for place, (chunk, blob) in enumerate(zip(chunks, blobs, strict=True)):
+                session.add(
+                    ChunkRow(
+                        result_id=result_id,
+                        stage=chunk.stage,
+                        seq=first + place,
+                        n=len(chunk),
+                        seconds=float(chunk.seconds),
+                        arrays=blob,
+                    )
                 )
-            )
-            pictures.keep(session, result_id, chunk.examples)
+            pictures.keep(session, result_id, [example for chunk in chunks for example in chunk.examples])
             row.touched_at = queries.now()
+        if result_id in self._opened:
+            # Nobody else adds to a cell that this store has opened: `_unfinished` sees who holds it.
+            self._known[result_id] = known
 
     def finish_cell(self, result_id: int, record: ResultRecord) -> None:
         """Commits the aggregate of a cell and shows it in its run.
@@ -272,6 +286,7 @@ class Store:
             row.status = "done"
             row.finished_at = row.touched_at = queries.now()
             pictures.trim(session, result_id)
+            self._known.pop(result_id, None)
             session.add(RunResultRow(run=row.run, result=row, reused=False))
 
     def link_reused(self, run_id: str, result_id: int) -> None:
