@@ -312,7 +312,8 @@ class _CellRunner:
         for one in decided:
             self._restore(one.chunk)
             if one.x_adv is not None:
-                self.outcome.x_adv[torch.from_numpy(one.chunk.index)] = one.x_adv.to(self.outcome.x_adv.device)
+                at = torch.from_numpy(one.chunk.index.copy())
+                self.outcome.x_adv[at] = one.x_adv.to(self.outcome.x_adv.device)
 
     def refuse_gaps(self) -> None:
         """Says which samples could not be decided.

@@ -7,6 +7,7 @@ of a task for the next one, so the model is built once per process all the same.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -107,8 +108,7 @@ class RayEngine:
         self._sent = None  # the last model's bytes go before the next one's come
         on_cpu = _on_cpu(model, search)
         parcel = pack(*on_cpu)
-        threads = max(1, int(self.settings.cpus_per_task))
-        handle = worker.Handle(ray().put(parcel), parcel.digest, self.device, threads)
+        handle = worker.Handle(ray().put(parcel), parcel.digest, self.device, self._threads())
         try:
             ray().get(self._look.remote(handle))
         except exceptions().RayError as error:
@@ -145,8 +145,14 @@ class RayEngine:
     def _shard_size(self, count: int, batch_size: int, *, whole_batches: bool) -> int:
         size = self.settings.shard_size
         if size is None:
-            size = min(batch_size, -(-count // (SHARDS_PER_WORKER * self.workers)))
+            size = min(batch_size, -(-count // (SHARDS_PER_WORKER * max(1, self.room()))))
         return -(-size // batch_size) * batch_size if whole_batches else size
+
+    def _threads(self) -> int:
+        """Threads of a task: one per core, and no more than the driver was told to use."""
+        told = os.environ.get("OMP_NUM_THREADS", "")
+        cores = max(1, int(self.settings.cpus_per_task))
+        return min(cores, int(told)) if told.isdigit() and int(told) else cores
 
     def submit(self, handle: worker.Handle, facts: Any, shard: worker.Shard) -> Hashable:
         """Hands a task in."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from sqlalchemy import Select, select, update
@@ -102,6 +102,16 @@ def abandoned(session: Session, run: RunRow, fingerprint: str) -> ResultRow | No
 def chunks(row: ResultRow) -> list[Chunk]:
     """The chunks of a result in the order of their commits."""
     return [_chunk(chunk) for chunk in row.chunks]
+
+
+def holder(result_id: int) -> Select[Any]:
+    """Of a result its status, the id, status and error of the run that holds it, and the size of its protocol.
+
+    Asked at every commit, so that no more is read than is needed.
+    """
+    columns = (ResultRow.status, RunRow.run_id, RunRow.status.label("run_status"), RunRow.error, ProtocolRow.n)
+    joined = select(*columns).join(RunRow, ResultRow.run_id == RunRow.id)
+    return joined.join(ProtocolRow, RunRow.protocol_id == ProtocolRow.id).where(ResultRow.id == result_id)
 
 
 def newest(found: Sequence[StoredResult]) -> list[StoredResult]:
