@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from sqlalchemy import Select, select, update
@@ -104,7 +104,7 @@ def chunks(row: ResultRow) -> list[Chunk]:
     return [_chunk(chunk) for chunk in row.chunks]
 
 
-def holder(result_id: int) -> Select[Any]:
+def holder(result_id: int) -> Select[str, str, str, str | None, int]:
     """Of a result its status, the id, status and error of the run that holds it, and the size of its protocol.
 
     Asked at every commit, so that no more is read than is needed.
