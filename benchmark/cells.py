@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property, partial
+from typing import Protocol as Interface
 
 import numpy as np
 import torch
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moebench.attacks._base import Attack, AttackPlan
-from moebench.attacks._engine import Engine, Finished, Samples
+from moebench.attacks._engine import Engine, Finished, Samples, Sink
 from moebench.attacks._library import LibraryAttack
 from moebench.attacks._passes import Expectation, batches
 from moebench.attacks._protocol import Protocol, run_protocol
@@ -20,6 +22,7 @@ from moebench.attacks._reference import run_reference
 from moebench.attacks._training import TrainedAttack
 from moebench.attacks._views import make_view
 from moebench.datasets import Dataset
+from moebench.errors import RunError
 from moebench.fitting import CRAFTING, fit_stage, shared_out
 from moebench.metrics import wilson
 from moebench.routing import RoutingProbe
@@ -43,6 +46,49 @@ Tell = Callable[[str, int, int, int], None]
 Found = Callable[[], tuple[Tensor, Tensor]]
 
 
+class UnfinishedCell(RunError):
+    """Some samples of a cell could not be decided; the others are committed, and other cells go on."""
+
+
+@dataclass(frozen=True)
+class Decided:
+    """Samples of one stage that were decided in another process, and their last images (m, C, H, W) if asked for."""
+
+    chunk: Chunk
+    x_adv: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Undecided:
+    """Samples (m,) that could not be decided, and why in one line."""
+
+    index: Tensor
+    error: str
+
+
+class Cluster(Interface):
+    """Other processes, which search some samples each."""
+
+    def search(
+        self,
+        work: CellWork,
+        stage: Attack,
+        search: torch.dtype | None,
+        index: Tensor,
+        keep: Callable[[Sequence[Decided]], None],
+    ) -> Sequence[Undecided]:
+        """Has `search_samples` run on all of the samples `index` (m,), and hands over what is decided as it comes in.
+
+        Args:
+            work: model, samples, attack and view.
+            stage: what to run; fitted, where it learns from data.
+            search: floating type of the search's passes; None for float32.
+            index: numbers of the samples.
+            keep: books and commits what it is given, as one.
+        Returns: what could not be decided, however often it was tried.
+        """
+
+
 @dataclass(frozen=True)
 class CellWork:
     """What a cell needs.
@@ -52,6 +98,8 @@ class CellWork:
     done, n, standing)` reports progress. `found` gives samples (m,) and adversarial images (m, C, H, W) that are known
     from a smaller radius; they are judged before any attack. `training` is what attacks that learn first are fitted on.
     `only` (N,) bool says which samples to attack, None for all: the others are left standing, and nothing is stored.
+    `cluster` searches in other processes, None in this one; with `images` it brings back the images too, without them
+    `CellOutcome.x_adv` keeps the clean ones.
     """
 
     plan: AttackPlan
@@ -67,6 +115,8 @@ class CellWork:
     found: Found | None = None
     training: Dataset | None = None
     only: Tensor | None = None
+    cluster: Cluster | None = None
+    images: bool = True
 
 
 @dataclass
@@ -108,7 +158,24 @@ def run_cell(work: CellWork, store: Store | None, run_id: str, *, resume: bool) 
         runner.take_over(*work.found())
     for stage, search in searches(work.plan, work.cell.precision):
         runner.run_stage(stage, search)
+    runner.refuse_gaps()
     return runner.finish()
+
+
+def search_samples(work: CellWork, stage: Attack, search: torch.dtype | None) -> tuple[list[Chunk], Tensor]:
+    """Runs one stage on all samples of `work`, which are right so far, and stores nothing.
+
+    Args:
+        work: model, samples, attack and view.
+        stage: what to run; fitted, where it learns from data.
+        search: floating type of the search's passes; None for float32.
+    Returns: the chunks that a cell would commit, and the last image of each sample, (N, C, H, W).
+    """
+    runner = _CellRunner(work, None, "", resume=False)
+    runner.kept = []
+    everything = torch.arange(len(work.samples), device=work.samples.x.device)
+    runner.search(stage, search, everything, partial(runner._keep, stage_name(stage, search)))
+    return runner.kept, runner.outcome.x_adv
 
 
 def searches(plan: AttackPlan, precision: Precision) -> list[tuple[Attack, torch.dtype | None]]:
@@ -133,17 +200,29 @@ class _CellRunner:
         assert work.only is None or store is None
         self.work = work
         self.store = store
+        self.kept: list[Chunk] | None = None
+        self.undecided: list[Undecided] = []
         self.outcome = CellOutcome(
-            x_adv=work.samples.x.clone(),
+            x_adv=work.samples.x.clone() if work.images else work.samples.x,
             adv_pred=work.clean_pred.clone(),
             broken=torch.zeros_like(work.clean_pred, dtype=torch.bool),
             losses=work.samples.x.new_full((2, len(work.samples)), float("nan")),
         )
         self.probe = RoutingProbe(work.model, work.samples.x, work.batch_size, work.samples.y)
         self.done: dict[str, Tensor] = {}
+        self.result_id: int | None = None
+        if store is not None:
+            self.result_id, chunks = store.open_cell(run_id, work.cell, resume=resume)
+            for chunk in chunks:
+                self._restore(chunk)
+
+    @cached_property
+    def engine(self) -> Engine:
+        """The engine of this process; not made where all of the search is done in others."""
+        work = self.work
         view = make_view(work.cell.view, work.search)
         view.prepare(work.samples.x)
-        self.engine = Engine(
+        return Engine(
             work.model if work.draws == 1 else Expectation(work.model, work.draws),
             view,
             work.samples,
@@ -153,12 +232,6 @@ class _CellRunner:
             screen=work.search if work.draws == 1 else Expectation(work.search, work.draws),
             draws=work.draws,
         )
-        self.result_id: int | None = None
-        if store is not None:
-            self.result_id, chunks = store.open_cell(run_id, work.cell, resume=resume)
-            for chunk in chunks:
-                self._restore(chunk)
-        self.engine.broken |= self.outcome.broken
 
     def has(self, stage: str) -> bool:
         return stage in self.done
@@ -170,7 +243,6 @@ class _CellRunner:
         zeros = torch.zeros_like(everything)
         # One forward pass per sample was made for the clean predictions.
         finished = Finished(everything, wrong, self.work.clean_pred, self.work.samples.x, zeros + 1, zeros, 0.0)
-        self.engine.broken |= wrong
         self._keep("clean", finished)
 
     def take_over(self, index: Tensor, x_adv: Tensor) -> None:
@@ -178,6 +250,7 @@ class _CellRunner:
         if len(index) == 0:
             return
         begin = time.perf_counter()
+        self.engine.broken |= self.outcome.broken
         parts = zip(batches(index, self.work.batch_size), batches(x_adv, self.work.batch_size), strict=True)
         judged = [self.engine.judge(images, self.engine.rows_of(at)) for at, images in parts]
         success, prediction = (torch.cat(found) for found in zip(*judged, strict=True))
@@ -185,7 +258,6 @@ class _CellRunner:
         prediction = torch.where(success, prediction, self.work.samples.y[index])
         seconds = time.perf_counter() - begin
         self._keep(WARM_START, Finished(index, success, prediction, x_adv, zeros + 1, zeros, seconds))
-        self.engine.broken |= self.outcome.broken
         self.work.tell(WARM_START, len(index), len(index), int((~self.outcome.broken).sum()))
 
     def run_stage(self, stage: Attack, search: torch.dtype | None) -> None:
@@ -197,6 +269,8 @@ class _CellRunner:
             todo &= ~decided
         if self.work.only is not None:
             todo &= self.work.only
+        for gap in self.undecided:
+            todo[gap.index] = False
         index = todo.nonzero().squeeze(1)
         if len(index) == 0:
             return
@@ -204,17 +278,56 @@ class _CellRunner:
             stage = self._fitted(stage, index)
         total, decided_now = len(index), 0
 
-        def sink(finished: Finished) -> None:
+        def tell(more: int) -> None:
             nonlocal decided_now
-            self._keep(name, finished)
-            decided_now += len(finished.index)
+            decided_now += more
             self.work.tell(name, decided_now, total, int((~self.outcome.broken).sum()))
 
-        self.work.tell(name, 0, total, int((~self.outcome.broken).sum()))
+        def sink(finished: Finished) -> None:
+            self._keep(name, finished)
+            tell(len(finished.index))
+
+        def keep(decided: Sequence[Decided]) -> None:
+            self._take_in(decided)
+            tell(sum(len(one.chunk) for one in decided))
+
+        tell(0)
+        if self.work.cluster is None:
+            self.search(stage, search, index, sink)
+        else:
+            self.undecided += self.work.cluster.search(self.work, stage, search, index, keep)
+
+    def search(self, stage: Attack, search: torch.dtype | None, index: Tensor, sink: Sink) -> None:
+        """Runs a stage on the samples `index` (m,) in this process; the sink gets each of them once."""
+        self.engine.broken |= self.outcome.broken
         if self.work.cell.engine == "reference" or isinstance(stage, LibraryAttack):
             run_reference(stage, self.engine, index, sink)
         else:
             self.engine.run_stage(stage, index, sink, search=search)
+
+    def _take_in(self, decided: Sequence[Decided]) -> None:
+        """Commits what other processes decided, all of it or none, and books it."""
+        if self.store is not None and self.result_id is not None:
+            self.store.append_chunks(self.result_id, [one.chunk for one in decided])
+        for one in decided:
+            self._restore(one.chunk)
+            if one.x_adv is not None:
+                at = torch.from_numpy(one.chunk.index.copy())
+                self.outcome.x_adv[at] = one.x_adv.to(self.outcome.x_adv.device)
+
+    def refuse_gaps(self) -> None:
+        """Says which samples could not be decided.
+
+        Raises:
+            UnfinishedCell: there are some.
+        """
+        if self.undecided:
+            work, first = self.work, self.undecided[0]
+            count = sum(len(gap.index) for gap in self.undecided)
+            raise UnfinishedCell(
+                f"{work.cell.attack} on {work.cell.view}: {count} of {len(work.samples)} samples could not be decided "
+                f"(such as number {int(first.index[0])}: {first.error})"
+            )
 
     def run_protocol(self, protocol: Protocol) -> None:
         """Scores all samples by the rule of a published protocol, those that are wrong without an attack as well."""
@@ -309,7 +422,8 @@ class _CellRunner:
         if stage != "clean":
             moved = distances(finished.x_adv, self.work.samples.x[at], self.work.threat).float()
             distance = torch.where(finished.broken, moved, distance)
-        self.outcome.x_adv[at] = finished.x_adv
+        if self.work.images:
+            self.outcome.x_adv[at] = finished.x_adv
         extras = {} if stage == "clean" else self.probe.look(finished.x_adv, at)
         extras["loss"] = self._loss(finished.x_adv, at).cpu().numpy()
         chunk = Chunk(
@@ -323,7 +437,7 @@ class _CellRunner:
             backwards=_int64(finished.backwards),
             seconds=finished.seconds + time.perf_counter() - begin,
             extras=extras,
-            examples=[] if self.store is None else self._examples(stage, finished, distance),
+            examples=[] if self.store is None and self.kept is None else self._examples(stage, finished, distance),
         )
         self._commit(chunk)
 
@@ -363,6 +477,8 @@ class _CellRunner:
         self._book(chunk)
         if self.store is not None and self.result_id is not None:
             self.store.append_chunk(self.result_id, chunk)
+        if self.kept is not None:
+            self.kept.append(chunk)
 
     def _restore(self, chunk: Chunk) -> None:
         self._book(chunk)

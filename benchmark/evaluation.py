@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from moebench.attacks._memory import fitting_rows, keep_freed_memory
 from moebench.attacks._reference import check_reference
 from moebench.attacks._search import SearchCopy, search_copy
 from moebench.attacks._views import check_view, default_views
-from moebench.cells import CellOutcome, CellWork, run_cell, searches
+from moebench.cells import CellOutcome, CellWork, UnfinishedCell, run_cell, searches
 from moebench.checks import clean_logits, expected_logits
 from moebench.datasets import Dataset, load_dataset
 from moebench.errors import MoebenchError, RunError, UsageError
@@ -48,6 +48,9 @@ from moebench.store.pictures import pictures_note
 from moebench.summary import Summary, summarise
 from moebench.warm import WarmStarts
 
+if TYPE_CHECKING:
+    from moebench.cluster.engine import RayEngine
+
 
 @dataclass(frozen=True)
 class EvalSpec:
@@ -57,7 +60,8 @@ class EvalSpec:
     torch.compile on the search. `views` is empty for the model's default views, `eps` None for the data
     set's default radius, `n` None for all samples. `trust` has the model probed after the attacks. `train_data` names
     what attacks that need training data are made on (None for the train split of `dataset`), and `train_n` how much of
-    it. `routing` overrides the routing of every MoE layer, as `top-k=1` or `drop-best`.
+    it. `routing` overrides the routing of every MoE layer, as `top-k=1` or `drop-best`. `cluster` does the searches of
+    the native engine on other machines, with the same verdicts; None for this process.
     """
 
     model: str
@@ -84,6 +88,7 @@ class EvalSpec:
     train_data: str | None = None
     train_n: int | None = None
     routing: str | None = None
+    cluster: RayEngine | None = None
 
 
 @dataclass(frozen=True)
@@ -144,8 +149,19 @@ def run_prepared(prepared: Prepared, listener: Listener | None = None) -> Summar
     spec = prepared.spec
     if spec.save_adv is not None:
         check_writable(spec.save_adv)
+    prepare_cluster(prepared)
     with Store.open(spec.db, write=True) as store:
         return run(prepared, store, listener)
+
+
+def prepare_cluster(prepared: Prepared) -> None:
+    """Sends the model to the cluster, if there is one; done before anything is written.
+
+    Raises:
+        UsageError: the model cannot be sent, or no worker can build it.
+    """
+    if prepared.spec.cluster is not None:
+        prepared.spec.cluster.send(prepared.loaded.module, prepared.search.module)
 
 
 def parse_attacks(names: Sequence[str]) -> list[AttackPlan]:
@@ -323,6 +339,7 @@ def run(prepared: Prepared, store: Store, listener: Listener | None, warm: WarmS
                 "search": prepared.search.notes,
                 "code": prepared.loaded.code,
                 "probes": VERSION if spec.trust else None,
+                **({} if spec.cluster is None else {"cluster": spec.cluster.facts()}),
                 **pictures_note(prepared.dataset.shape),
             },
         ),
@@ -330,12 +347,14 @@ def run(prepared: Prepared, store: Store, listener: Listener | None, warm: WarmS
     )
     records: list[ResultRecord] = []
     outcomes: list[CellOutcome] = []
+    unfinished: list[UnfinishedCell] = []
     reused = 0
     try:
         for number, (plan, cell) in enumerate(prepared.cells, start=1):
             stored = None if spec.fresh else store.reusable(cell.fingerprint)
             work = cell_work(prepared, plan, cell, number, listener)
             chain = None if is_protocol(cell.attack) else warm
+            work = replace(work, images=work.images or chain is not None)
             if chain is not None:
                 work = chain.given(work)
             if stored is not None:
@@ -347,11 +366,19 @@ def run(prepared: Prepared, store: Store, listener: Listener | None, warm: WarmS
                 if spec.save_adv is not None:
                     outcomes.append(run_cell(work, None, run_id, resume=False)[1])
                 continue
-            record, outcome = run_cell(work, store, run_id, resume=not spec.fresh and spec.save_adv is None)
+            try:
+                record, outcome = run_cell(work, store, run_id, resume=not spec.fresh and spec.save_adv is None)
+            except UnfinishedCell as gap:
+                unfinished.append(gap)
+                continue
             records.append(record)
             outcomes.append(outcome)
             if chain is not None:
                 chain.note(work, outcome)
+        if unfinished:
+            raise RunError(
+                f"{'; '.join(map(str, unfinished))}; all else is kept, and the same command tries them again"
+            )
         if spec.save_adv is not None:
             save_adversarial(spec.save_adv, prepared, outcomes)
         probed = active_flags(prepared, store, run_fingerprint=identity, all_reused=reused == len(prepared.cells))
@@ -379,6 +406,8 @@ def cell_work(prepared: Prepared, plan: AttackPlan, cell: CellSpec, number: int,
         if listener is not None:
             listener(Progress(number, len(prepared.cells), plan.name, cell.view, stage, done, n, standing))
 
+    # A published protocol is scored here: what it does to a sample may hang on the others.
+    cluster = None if is_protocol(plan.name) else prepared.spec.cluster
     return CellWork(
         plan=plan,
         cell=cell,
@@ -391,6 +420,8 @@ def cell_work(prepared: Prepared, plan: AttackPlan, cell: CellSpec, number: int,
         tell=tell,
         draws=prepared.spec.draws,
         training=prepared.training,
+        cluster=cluster,
+        images=cluster is None or prepared.spec.save_adv is not None,
     )
 
 

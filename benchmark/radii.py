@@ -20,6 +20,7 @@ from moebench.evaluation import (
     plan_cells,
     planned_cells,
     prepare,
+    prepare_cluster,
     run,
 )
 from moebench.schema import SUITE_VERSION, WARM_START, CellSpec, ResultRecord, ThreatModel, format_eps, is_protocol
@@ -105,6 +106,7 @@ def sweep(
     levels = prepare_levels(spec, radii, cold=cold, commands=commands)
     warm = None if cold or spec.engine != "native" else WarmStarts()
     done: list[Summary] = []
+    prepare_cluster(levels[0])
     with Store.open(spec.db, write=True) as store:
         for number, level in enumerate(levels):
             done.append(run(level, store, _placed(listener, levels, number), warm))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from moebench.commands._cluster import cluster_options, on_cluster, taken_from
 from moebench.commands._guard import users_code
 from moebench.commands._names import check_names
 from moebench.commands._options import (
@@ -24,6 +25,7 @@ from moebench.overrides import parse_routing
 from moebench.schema import PRECISIONS, ThreatModel, parse_radii
 
 if TYPE_CHECKING:
+    from moebench.cluster.settings import ClusterSettings
     from moebench.evaluation import EvalSpec
 
 
@@ -55,9 +57,10 @@ NUMERIC_OPTIONS = {
 @click.option("--device", default="cpu", show_default=True, help="Torch device, such as cuda.")
 @seed_option("Seed of random starts and proposals.")
 @click.option(
-    "--engine", default="native", show_default=True, type=click.Choice(["native", "reference"]),
-    help="Our engine, or pyautoattack and torchattacks.",
+    "--engine", default="native", show_default=True, type=click.Choice(["native", "reference", "ray"]),
+    help="Our engine, pyautoattack and torchattacks, or our engine on a Ray cluster.",
 )  # fmt: skip
+@cluster_options
 @click.option(
     "--precision", default="float32", show_default=True, type=click.Choice(PRECISIONS),
     help="Of the search; bfloat16 culls first, bfloat16-only is a quick look that is never ranked.",
@@ -103,6 +106,8 @@ def evaluate_command(
     if options["routing"] is not None:
         options["routing"] = str(parse_routing(options["routing"]))
 
+    settings_of_cluster = taken_from(options)
+
     from moebench.evaluation import EvalSpec, evaluate
 
     def command(written: str | None) -> str:
@@ -115,15 +120,15 @@ def evaluate_command(
     )  # fmt: skip
     if len(radii) > 1:
         commands = dict(zip(radii, map(command, _texts(radii, cold, spec)), strict=True))
-        _sweep(spec, commands, cold=cold, as_json=as_json, dry_run=dry_run)
+        _sweep(spec, commands, settings_of_cluster, cold=cold, as_json=as_json, dry_run=dry_run)
         return
     if dry_run:
         _dry_run(spec, as_json)
         return
     from moebench.commands._progress import listening
 
-    with listening() as listener, users_code():
-        summary = evaluate(spec, listener)
+    with listening() as listener, users_code(), on_cluster(spec, settings_of_cluster) as placed:
+        summary = evaluate(placed, listener)
     if as_json:
         click.echo(json.dumps(summary.to_json()))
     else:
@@ -139,7 +144,15 @@ def _texts(radii: dict[float, str], cold: bool, spec: EvalSpec) -> list[str]:
     return written if alone else [",".join(written[: place + 1]) for place in range(len(written))]
 
 
-def _sweep(spec: EvalSpec, commands: dict[float, str], *, cold: bool, as_json: bool, dry_run: bool) -> None:
+def _sweep(
+    spec: EvalSpec,
+    commands: dict[float, str],
+    cluster: ClusterSettings | None,
+    *,
+    cold: bool,
+    as_json: bool,
+    dry_run: bool,
+) -> None:
     """Evaluates, or plans, at the radii that are the keys of `commands`."""
     from moebench.commands._progress import listening
     from moebench.radii import plan_sweep, sweep
@@ -152,8 +165,8 @@ def _sweep(spec: EvalSpec, commands: dict[float, str], *, cold: bool, as_json: b
 
         say_planned_sweep(planned, as_json)
         return
-    with listening() as listener, users_code():
-        found = sweep(spec, radii, cold=cold, commands=commands, listener=listener)
+    with listening() as listener, users_code(), on_cluster(spec, cluster) as placed:
+        found = sweep(placed, radii, cold=cold, commands=commands, listener=listener)
     if as_json:
         click.echo(json.dumps(found.to_json()))
     else:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from moebench.commands._cluster import cluster_options, on_cluster, taken_from
 from moebench.commands._guard import users_code
 from moebench.commands._names import check_names
 from moebench.commands._options import database_option, debug_option, seed_option, split_names
@@ -28,6 +29,11 @@ if TYPE_CHECKING:
 @click.option("--batch-size", type=int, metavar="N", help="Rows that run together [default: by image size].")
 @click.option("--device", default="cpu", show_default=True, help="Torch device, such as cuda.")
 @seed_option("Seed of random starts and proposals.")
+@click.option(
+    "--engine", default="native", show_default=True, type=click.Choice(["native", "ray"]),
+    help="Our engine, in this process or on a Ray cluster.",
+)  # fmt: skip
+@cluster_options
 @database_option
 @click.option("--dry-run", is_flag=True, help="Only say what is missing, and how many passes it takes at most.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
@@ -52,6 +58,8 @@ def sweep_command(
     for name in names:
         check_names(name, SUITES[suite], ())
 
+    settings_of_cluster = taken_from(options)
+
     from moebench.commands._sweeping import say_planned_suite, say_swept, watching
     from moebench.commands.evaluate import command_line
     from moebench.evaluation import EvalSpec
@@ -61,8 +69,9 @@ def sweep_command(
         return command_line(spec.model, spec.dataset, spec.attacks, spec.views, eps, (), options)
 
     base = EvalSpec(model="", eps=radius, **options)
-    with watching() as watcher, users_code():
-        planned = plan_suite(base, suite, names, data, watcher)
+    cluster = None if dry_run else settings_of_cluster
+    with watching() as watcher, users_code(), on_cluster(base, cluster) as placed:
+        planned = plan_suite(placed, suite, names, data, watcher)
         swept: Swept | None = None if dry_run else run_suite(planned, command, watcher)
     if swept is None:
         if as_json:

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from moebench.errors import RunError
-from moebench.schema import Chunk, IntArray, Outcomes, ResultRecord
+from moebench.schema import BoolArray, Chunk, IntArray, Outcomes, ResultRecord
 
 CLEAN = "clean"
 """The stage of the clean pass; it comes before all others."""
@@ -167,20 +167,46 @@ def contradictions(record: ResultRecord, chunks: Sequence[Chunk], n: int) -> lis
     return found
 
 
-def refuse_repeats(chunk: Chunk, earlier: Sequence[Chunk], n: int) -> None:
-    """Checks that a chunk holds each sample once, none of them known in its stage, and only samples of the protocol.
+class Known:
+    """Which of the n samples of a protocol are in which stage of a result."""
 
-    Raises:
-        RunError: it does not.
-    """
-    last = int(chunk.index.max()) if len(chunk) else 0
-    if last >= n:
-        raise RunError(f"stage {chunk.stage!r} names sample {last}, but the protocol has samples 0 to {n - 1}")
-    known = _joined([old for old in earlier if old.stage == chunk.stage], "index", np.int64)
-    values, counts = np.unique(np.asarray(chunk.index), return_counts=True)
-    twice = np.union1d(values[counts > 1], np.intersect1d(values, known))
-    if twice.size:
-        raise RunError(f"sample {int(twice[0])} would be in stage {chunk.stage!r} twice ({twice.size} such samples)")
+    def __init__(self, n: int, chunks: Sequence[Chunk] = ()) -> None:
+        self.n = n
+        self._stages: dict[str, BoolArray] = {}
+        for chunk in chunks:
+            self.add(chunk)
+
+    def add(self, chunk: Chunk) -> None:
+        """Counts the samples of a chunk as known."""
+        self._stage(chunk.stage)[chunk.index] = True
+
+    def with_(self, chunks: Sequence[Chunk]) -> Known:
+        """These and those of further chunks.
+
+        Raises:
+            RunError: a chunk holds a sample twice, one that is known in its stage, or one that the protocol lacks.
+        """
+        both = Known(self.n)
+        both._stages = dict(self._stages)
+        for stage in {chunk.stage for chunk in chunks}:
+            both._stages[stage] = both._stage(stage).copy()
+        for chunk in chunks:
+            both._refuse(chunk)
+            both.add(chunk)
+        return both
+
+    def _stage(self, stage: str) -> BoolArray:
+        return self._stages.setdefault(stage, np.zeros(self.n, np.bool_))
+
+    def _refuse(self, chunk: Chunk) -> None:
+        last = int(chunk.index.max()) if len(chunk) else 0
+        if last >= self.n:
+            raise RunError(f"stage {chunk.stage!r} names sample {last}, but the protocol has samples 0 to {self.n - 1}")
+        values, counts = np.unique(np.asarray(chunk.index), return_counts=True)
+        twice = values[(counts > 1) | self._stage(chunk.stage)[values]]
+        if twice.size:
+            name = f"stage {chunk.stage!r} twice ({twice.size} such samples)"
+            raise RunError(f"sample {int(twice[0])} would be in {name}")
 
 
 def _joined(chunks: Sequence[Chunk], name: str, dtype: type[np.int64]) -> IntArray:

@@ -67,13 +67,14 @@ def keep(session: Session, result_id: int, examples: Sequence[Example]) -> None:
     offered = [example for example in examples if example.clean.size <= LARGEST and example.index not in told]
     if not offered:
         return
-    rows = [*known, *(_row(result_id, example) for example in offered)]
-    chosen = set(choose([(row.label, row.sample) for row in rows], KEPT))
-    for place, row in enumerate(rows):
-        if place in chosen:
-            session.add(row)
-        elif place < len(known):
+    there = [(row.label, row.sample) for row in known]
+    chosen = set(choose([*there, *((example.label, example.index) for example in offered)], KEPT))
+    for place, row in enumerate(known):
+        if place not in chosen:
             session.delete(row)
+    session.add_all(
+        _row(result_id, example) for place, example in enumerate(offered, start=len(known)) if place in chosen
+    )
 
 
 def trim(session: Session, result_id: int) -> None:

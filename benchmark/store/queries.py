@@ -120,10 +120,14 @@ def chunks(row: ResultRow) -> list[Chunk]:
     return [_chunk(chunk) for chunk in row.chunks]
 
 
-def stage_chunks(session: Session, result_id: int, stage: str) -> list[Chunk]:
-    """The chunks of one stage of a result."""
-    query = select(ChunkRow).where(ChunkRow.result_id == result_id, ChunkRow.stage == stage)
-    return [_chunk(chunk) for chunk in session.scalars(query)]
+def holder(result_id: int) -> Select[str, str, str, str | None, int]:
+    """Of a result its status, the id, status and error of the run that holds it, and the size of its protocol.
+
+    Asked at every commit, so that no more is read than is needed.
+    """
+    columns = (ResultRow.status, RunRow.run_id, RunRow.status.label("run_status"), RunRow.error, ProtocolRow.n)
+    joined = select(*columns).join(RunRow, ResultRow.run_id == RunRow.id)
+    return joined.join(ProtocolRow, RunRow.protocol_id == ProtocolRow.id).where(ResultRow.id == result_id)
 
 
 def newest(found: Sequence[StoredResult]) -> list[StoredResult]:

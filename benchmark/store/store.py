@@ -8,7 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal, Self
 
-from sqlalchemy import delete, func, select
+from sqlalchemy import delete, func, insert, select, update
 from sqlalchemy.orm import Session
 
 from moebench.claims import load_claims
@@ -47,6 +47,7 @@ class Store:
     def __init__(self, database: Database) -> None:
         self._database = database
         self._opened: dict[int, str] = {}
+        self._known: dict[int, packing.Known] = {}
         self._sound = False
 
     @classmethod
@@ -227,6 +228,7 @@ class Store:
                 row.run, row.touched_at = run, queries.now()
             session.flush()
             self._opened[row.id] = run_id
+            self._known.pop(row.id, None)
             return row.id, queries.chunks(row)
 
     def append_chunk(self, result_id: int, chunk: Chunk) -> None:
@@ -236,23 +238,35 @@ class Store:
             RunError: a sample is in that stage already, the arrays are malformed, or the result is finished or another
                 run's by now.
         """
-        blob = packing.pack(chunk)
+        self.append_chunks(result_id, [chunk])
+
+    def append_chunks(self, result_id: int, chunks: Sequence[Chunk]) -> None:
+        """Commits several chunks in one transaction, all or none; errors as in `append_chunk`."""
+        blobs = [packing.pack(chunk) for chunk in chunks]
         with self._database.writing() as session:
-            row = self._unfinished(session, result_id)
-            packing.refuse_repeats(chunk, queries.stage_chunks(session, result_id, chunk.stage), row.run.protocol.n)
+            n = self._refuse_others(session, result_id)
+            known = self._known.get(result_id)
+            if known is None:
+                known = packing.Known(n, queries.chunks(session.get_one(ResultRow, result_id)))
+            known = known.with_(chunks)
             last = session.scalar(select(func.max(ChunkRow.seq)).where(ChunkRow.result_id == result_id))
-            session.add(
-                ChunkRow(
-                    result_id=result_id,
-                    stage=chunk.stage,
-                    seq=0 if last is None else last + 1,
-                    n=len(chunk),
-                    seconds=float(chunk.seconds),
-                    arrays=blob,
-                )
-            )
-            pictures.keep(session, result_id, chunk.examples)
-            row.touched_at = queries.now()
+            rows = [
+                {
+                    "result_id": result_id,
+                    "stage": chunk.stage,
+                    "seq": seq,
+                    "n": len(chunk),
+                    "seconds": float(chunk.seconds),
+                    "arrays": blob,
+                }
+                for seq, (chunk, blob) in enumerate(zip(chunks, blobs, strict=True), 0 if last is None else last + 1)
+            ]
+            session.execute(insert(ChunkRow), rows)
+            pictures.keep(session, result_id, [example for chunk in chunks for example in chunk.examples])
+            session.execute(update(ResultRow).where(ResultRow.id == result_id).values(touched_at=queries.now()))
+        if result_id in self._opened:
+            # Nobody else adds to a cell that this store has opened: `_unfinished` sees who holds it.
+            self._known[result_id] = known
 
     def finish_cell(self, result_id: int, record: ResultRecord) -> None:
         """Commits the aggregate of a cell and shows it in its run.
@@ -261,7 +275,8 @@ class Store:
             RunError: the aggregate contradicts the samples, or the result is finished or another run's by now.
         """
         with self._database.writing() as session:
-            row = self._unfinished(session, result_id)
+            self._refuse_others(session, result_id)
+            row = session.get_one(ResultRow, result_id)
             found = packing.contradictions(record, queries.chunks(row), row.run.protocol.n)
             if (record.attack, record.view) != (row.attack, row.view):
                 found.append(f"it is of {record.attack} on {record.view}")
@@ -273,6 +288,7 @@ class Store:
             row.status = "done"
             row.finished_at = row.touched_at = queries.now()
             pictures.trim(session, result_id)
+            self._known.pop(result_id, None)
             session.add(RunResultRow(run=row.run, result=row, reused=False))
 
     def link_reused(self, run_id: str, result_id: int) -> None:
@@ -432,23 +448,24 @@ class Store:
         if run is None:
             raise RunError(f"there is no run {run_id} in {self.where}; a run begins before it has results")
         if run.status != "running":
-            raise _ended(run)
+            raise _ended(run.run_id, run.status, run.error)
         return run
 
-    def _unfinished(self, session: Session, result_id: int) -> ResultRow:
-        row = session.get(ResultRow, result_id)
-        if row is None or row.status != "running":
-            raise RunError(f"result {result_id} in {self.where} is {'finished' if row else 'unknown'}; open a cell")
+    def _refuse_others(self, session: Session, result_id: int) -> int:
+        """Looks whether a result is this store's to write to; returns how many samples its protocol has."""
+        found = session.execute(queries.holder(result_id)).one_or_none()
+        if found is None or found.status != "running":
+            raise RunError(f"result {result_id} in {self.where} is {'finished' if found else 'unknown'}; open a cell")
         owner = self._opened.get(result_id)
-        if owner is not None and owner != row.run.run_id:
-            raise RunError(f"run {row.run.run_id} has taken over result {result_id}; start again when it is done")
-        if row.run.status != "running":
-            raise _ended(row.run)
-        return row
+        if owner is not None and owner != found.run_id:
+            raise RunError(f"run {found.run_id} has taken over result {result_id}; start again when it is done")
+        if found.run_status != "running":
+            raise _ended(found.run_id, found.run_status, found.error)
+        return int(found.n)
 
 
-def _ended(run: RunRow) -> RunError:
-    if run.error == CANCELLED:
+def _ended(run_id: str, status: str, error: str | None) -> RunError:
+    if error == CANCELLED:
         kept = "what was finished is kept, and the same command goes on from there"
-        return RunError(f"run {run.run_id} was cancelled; {kept}")
-    return RunError(f"run {run.run_id} has ended ({run.status}{f': {run.error}' if run.error else ''})")
+        return RunError(f"run {run_id} was cancelled; {kept}")
+    return RunError(f"run {run_id} has ended ({status}{f': {error}' if error else ''})")

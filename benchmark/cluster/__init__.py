@@ -1,0 +1,1 @@
+"""The native engine on many machines: samples are cut into shards, workers search them, the driver alone writes."""

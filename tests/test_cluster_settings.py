@@ -1,0 +1,172 @@
+"""What `--engine ray` refuses before it needs Ray, and what a model is sent as."""
+
+from __future__ import annotations
+
+import pickle
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from commands import MOE, Terminal
+
+from moebench.cluster import connection
+from moebench.cluster.settings import ClusterSettings
+from moebench.errors import RunError, UsageError
+
+WORDS = ("evaluate", "--model", MOE, "--attack", "fgsm", "--n", 5)
+
+
+@pytest.fixture
+def moebench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Terminal:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MOEBENCH_DB", raising=False)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    return Terminal(tmp_path, capsys)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("--address", "auto"), "--address is for a cluster; add --engine ray"),
+        (("--gpus-per-task", "0.5", "--engine", "reference"), "--gpus-per-task is for a cluster"),
+        (("--engine", "ray", "--address", "here"), "--address takes auto, local or HOST:PORT such as"),
+        (("--engine", "ray", "--address", "here:0"), "--address takes auto, local or HOST:PORT such as"),
+        (("--engine", "ray", "--address", "ray://here:1"), "takes no ray:// client address"),
+        (("--engine", "ray", "--cpus-per-task", "0"), "--cpus-per-task takes a part of one, such as 0.5"),
+        (("--engine", "ray", "--cpus-per-task", "1.5"), "or a whole number, got 1.5"),
+        (("--engine", "ray", "--cpus-per-task", "nan"), "got nan"),
+        (("--engine", "ray", "--gpus-per-task", "-1"), "or a whole number or 0, got -1"),
+        (("--engine", "ray", "--gpus-per-task", "0.5"), "add --device cuda"),
+        (("--engine", "ray", "--gpus-per-task", "0", "--device", "cuda"), "--device cuda needs GPUs"),
+        (("--engine", "ray", "--device", "cuda:3"), "give --device cuda instead of cuda:3"),
+        (("--engine", "ray", "--shard-size", "0"), "--shard-size takes at least 1 sample, got 0"),
+        (("--engine", "ray", "--compile"), "--compile does not reach the workers"),
+        (("--engine", "rai"), "'rai' is not one of"),
+    ],
+)
+def test_wrong_input(moebench: Terminal, words: tuple[str, ...], expected: str) -> None:
+    assert expected in moebench.refuses(*WORDS, *words)
+
+
+def test_a_sweep_takes_the_same_options(moebench: Terminal) -> None:
+    assert "add --engine ray" in moebench.refuses("sweep", "--models", MOE, "--shard-size", 3)
+    assert "got 0" in moebench.refuses("sweep", "--models", MOE, "--engine", "ray", "--shard-size", 0)
+
+
+def test_without_ray(moebench: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "find_spec", lambda name: None)
+    assert '`pip install "moebench[ray]"` adds it' in moebench.refuses(*WORDS, "--engine", "ray")
+
+
+@contextmanager
+def listening(answer: bytes | None) -> Iterator[int]:
+    """The port of a server that says the same to everybody, or nothing."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        callers = []
+
+        def serve() -> None:
+            while True:
+                try:
+                    caller, _ = server.accept()
+                except OSError:
+                    return
+                callers.append(caller)
+                if answer is not None:
+                    caller.sendall(answer)
+
+        threading.Thread(target=serve, daemon=True).start()
+        yield server.getsockname()[1]
+        for caller in callers:
+            caller.close()
+
+
+def test_a_cluster_that_does_not_answer(moebench: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("ray", reason="Ray is not installed; the extra `ray` adds it")
+    monkeypatch.setattr(connection, "PATIENCE", 0.3)
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        port = closed.getsockname()[1]
+        line = moebench.refuses(*WORDS, "--engine", "ray", "--address", f"127.0.0.1:{port}")
+        assert f"no Ray cluster answers at 127.0.0.1:{port} (Connection refused)" in line
+    with listening(None) as port:
+        assert "(timed out)" in moebench.refuses(*WORDS, "--engine", "ray", "--address", f"127.0.0.1:{port}")
+    with listening(b"HTTP/1.1 400 Bad Request\r\n\r\n") as port:
+        assert "is no Ray cluster" in moebench.refuses(*WORDS, "--engine", "ray", "--address", f"127.0.0.1:{port}")
+    line = moebench.refuses(*WORDS, "--engine", "ray", "--address", "no-such-host.invalid:6379")
+    assert "no Ray cluster answers at no-such-host.invalid:6379" in line
+    monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{port}")
+    assert f"answers at 127.0.0.1:{port}" in moebench.refuses(*WORDS, "--engine", "ray")
+
+
+def test_gpus_of_a_task() -> None:
+    assert ClusterSettings().gpus_on("cpu") == 0 and ClusterSettings(gpus_per_task=0).gpus_on("cpu") == 0
+    assert ClusterSettings().gpus_on("cuda") == 1 and ClusterSettings(gpus_per_task=0.25).gpus_on("cuda:0") == 0.25
+    assert ClusterSettings("[::1]:6379") and ClusterSettings("10.0.0.1:6379", 0.5, 2.0, 1)
+
+
+# What a model is sent as.
+
+
+def test_a_users_model_is_rebuilt_from_what_was_sent(tmp_path: Path) -> None:
+    """In a process that has neither its file nor the module beside it."""
+    pytest.importorskip("ray", reason="Ray is not installed; the extra `ray` adds it")
+    from moebench.cluster.shipping import pack
+    from moebench.datasets import load_dataset
+    from moebench.loading import load
+
+    (tmp_path / "parts").mkdir()
+    (tmp_path / "parts" / "__init__.py").write_text("")
+    (tmp_path / "parts" / "layer.py").write_text(
+        "from torch import nn\n\nclass Half(nn.Module):\n    def forward(self, x):\n        return x / 2\n"
+    )
+    (tmp_path / "mine.py").write_text(
+        "from torch import nn\nfrom parts.layer import Half\n\n"
+        "def net():\n    return nn.Sequential(nn.Flatten(), Half(), nn.Linear(64, 10), Own())\n\n"
+        "class Own(nn.Module):\n    def forward(self, x):\n        return (lambda z: z + 1)(x)\n"
+    )
+    model = load(f"{tmp_path / 'mine.py'}:net", load_dataset("digits", n=2)).module
+    parcel = pack(model, model)
+    assert {name.partition("_")[0] for name in parcel.sources} == {"moebench", "parts", "parts.layer"}
+    x = torch.rand(3, 1, 8, 8)
+    (tmp_path / "sent.pickle").write_bytes(pickle.dumps((parcel, x)))
+    for name in ("mine.py", "parts/layer.py", "parts/__init__.py"):
+        (tmp_path / name).unlink()
+    program = (
+        "import pickle, sys, torch\n"
+        "from moebench.cluster.shipping import unpack\n"
+        "parcel, x = pickle.load(open(sys.argv[1], 'rb'))\n"
+        "model, search = unpack(parcel)\n"
+        "assert model is search\n"
+        "torch.save(model(x), sys.argv[2])\n"
+    )
+    paths = [str(tmp_path / "sent.pickle"), str(tmp_path / "out.pt")]
+    done = subprocess.run([sys.executable, "-c", program, *paths], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert torch.equal(torch.load(paths[1], weights_only=True), model(x))
+
+
+def test_other_sources_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("ray", reason="Ray is not installed; the extra `ray` adds it")
+    from moebench.cluster import shipping
+
+    model = torch.nn.Linear(2, 2)
+    parcel = shipping.pack(model, model)
+    monkeypatch.setattr(shipping, "package_digest", lambda: "f" * 64)
+    with pytest.raises(RunError, match=r"another moebench .*sources ffffffffffff.* install the same on all"):
+        shipping.unpack(parcel)
+
+
+def test_too_much_source_beside_a_model_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from moebench.cluster import shipping
+
+    monkeypatch.setattr(shipping, "LARGEST_SOURCE", -1)
+    with pytest.raises(UsageError, match=r"bytes of source; keep the model's file apart"):
+        shipping.user_sources()
