@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from moebench import interrupt
 from moebench.attacks._base import Attack, AttackPlan
 from moebench.attacks._engine import Engine, Finished, Samples
 from moebench.attacks._library import LibraryAttack
@@ -152,6 +153,7 @@ class _CellRunner:
             seed=work.cell.seed,
             screen=work.search if work.draws == 1 else Expectation(work.search, work.draws),
             draws=work.draws,
+            stop=interrupt.requested,
         )
         self.result_id: int | None = None
         if store is not None:
@@ -214,7 +216,8 @@ class _CellRunner:
         if self.work.cell.engine == "reference" or isinstance(stage, LibraryAttack):
             run_reference(stage, self.engine, index, sink)
         else:
-            self.engine.run_stage(stage, index, sink, search=search)
+            with interrupt.deferring():
+                self.engine.run_stage(stage, index, sink, search=search)
 
     def run_protocol(self, protocol: Protocol) -> None:
         """Scores all samples by the rule of a published protocol, those that are wrong without an attack as well."""

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from moebench import interrupt
 from moebench.attacks import load_attack
 from moebench.attacks._base import AttackPlan
 from moebench.attacks._engine import Samples, to_samples
@@ -21,6 +22,7 @@ from moebench.attacks._memory import fitting_rows, keep_freed_memory
 from moebench.attacks._reference import check_reference
 from moebench.attacks._search import SearchCopy, search_copy
 from moebench.attacks._views import check_view, default_views
+from moebench.bill import Cost
 from moebench.cells import CellOutcome, CellWork, run_cell, searches
 from moebench.checks import clean_logits, expected_logits
 from moebench.datasets import Dataset, load_dataset
@@ -40,10 +42,12 @@ from moebench.schema import (
     ProtocolRecord,
     ResultRecord,
     RunStart,
+    StoredResult,
     ThreatModel,
     is_protocol,
 )
 from moebench.store import Store
+from moebench.store.connect import MissingError
 from moebench.store.pictures import pictures_note
 from moebench.summary import Summary, summarise
 from moebench.warm import WarmStarts
@@ -328,6 +332,7 @@ def run(prepared: Prepared, store: Store, listener: Listener | None, warm: WarmS
         ),
         prepared.dataset.labels,
     )
+    unmark = interrupt.at_forced_end(lambda: _fail(store, run_id, KeyboardInterrupt(), time.perf_counter() - begin))
     records: list[ResultRecord] = []
     outcomes: list[CellOutcome] = []
     reused = 0
@@ -361,6 +366,8 @@ def run(prepared: Prepared, store: Store, listener: Listener | None, warm: WarmS
     except BaseException as error:
         _fail(store, run_id, error, time.perf_counter() - begin)
         raise
+    finally:
+        unmark()
     return summary
 
 
@@ -441,7 +448,10 @@ def check_writable(path: Path, option: str = "--save-adv") -> None:
 
 @dataclass(frozen=True)
 class PlannedCell:
-    """A cell that a command would compute: the most passes it can take, and whether the database has it already."""
+    """A cell that a command would compute: the most passes it can take, and whether the database has it already.
+
+    `cost` is what it will probably take, None where nobody has looked.
+    """
 
     attack: str
     view: str
@@ -449,6 +459,7 @@ class PlannedCell:
     forwards: int
     backwards: int
     stored: bool
+    cost: Cost | None = None
 
     def to_json(self) -> dict[str, Any]:
         """As `--dry-run --json` prints it."""
@@ -482,9 +493,18 @@ def planned_cells(prepared: Prepared) -> list[PlannedCell]:
 
 def stored_fingerprints(spec: EvalSpec) -> set[str]:
     """The fingerprints of all finished cells of the database that a command names."""
+    return {result.cell.fingerprint for result in stored_results(spec)}
+
+
+def stored_results(spec: EvalSpec) -> list[StoredResult]:
+    """The finished cells of the database that a command names; none if there is no database yet.
+
+    Raises:
+        UsageError: the database cannot be read.
+    """
     try:
         with Store.open(spec.db, write=False) as store:
-            return {result.cell.fingerprint for result in store.results()}
-    except UsageError:
-        # No database yet is the usual case of a first dry run.
-        return set()
+            return store.results()
+    except MissingError:
+        # No database yet is the usual case of a first dry run; any other trouble would meet the real one too.
+        return []

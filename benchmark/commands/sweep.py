@@ -9,7 +9,14 @@ import click
 
 from moebench.commands._guard import users_code
 from moebench.commands._names import check_names
-from moebench.commands._options import database_option, debug_option, seed_option, split_names
+from moebench.commands._options import (
+    check_price,
+    database_option,
+    debug_option,
+    price_option,
+    seed_option,
+    split_names,
+)
 from moebench.schema import SUITE_VERSION, SUITES, ThreatModel, parse_eps
 
 if TYPE_CHECKING:
@@ -29,7 +36,8 @@ if TYPE_CHECKING:
 @click.option("--device", default="cpu", show_default=True, help="Torch device, such as cuda.")
 @seed_option("Seed of random starts and proposals.")
 @database_option
-@click.option("--dry-run", is_flag=True, help="Only say what is missing, and how many passes it takes at most.")
+@click.option("--dry-run", is_flag=True, help="Only say what is missing, and what it costs, by a short trial.")
+@price_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
 @debug_option
 @click.pass_context
@@ -41,6 +49,7 @@ def sweep_command(
     datasets: str,
     eps: str | None,
     dry_run: bool,
+    price: float | None,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -48,6 +57,7 @@ def sweep_command(
     radius = None if eps is None else parse_eps(eps)
     if radius is not None:
         ThreatModel(options["norm"], radius)
+    check_price(price, dry_run)
     names, data = split_names(models), split_names(datasets)
     for name in names:
         check_names(name, SUITES[suite], ())
@@ -62,7 +72,7 @@ def sweep_command(
 
     base = EvalSpec(model="", eps=radius, **options)
     with watching() as watcher, users_code():
-        planned = plan_suite(base, suite, names, data, watcher)
+        planned = plan_suite(base, suite, names, data, watcher, costs=dry_run, price_per_hour=price)
         swept: Swept | None = None if dry_run else run_suite(planned, command, watcher)
     if swept is None:
         if as_json:
