@@ -129,6 +129,16 @@ def stage_name(stage: Attack, search: torch.dtype | None) -> str:
     return stage.stage if search is None else f"{stage.stage} in {str(search).removeprefix('torch.')}"
 
 
+def most_passes(stage: Attack, view: str) -> tuple[int, int]:
+    """The most forward and backward passes that one sample can cost in a stage of an attack on a view.
+
+    On other views than the whole, each image that the attack looks at is shown to the whole model as well.
+    """
+    forwards, backwards = stage.budget()
+    elsewhere = (stage.view or view) != "whole" and not isinstance(stage, TrainedAttack)
+    return forwards * (1 + elsewhere), backwards
+
+
 class _CellRunner:
     def __init__(self, work: CellWork, store: Store | None, run_id: str, resume: bool) -> None:
         assert work.only is None or store is None

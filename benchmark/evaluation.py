@@ -23,7 +23,7 @@ from moebench.attacks._reference import check_reference
 from moebench.attacks._search import SearchCopy, search_copy
 from moebench.attacks._views import check_view, default_views
 from moebench.bill import Cost
-from moebench.cells import CellOutcome, CellWork, run_cell, searches
+from moebench.cells import CellOutcome, CellWork, most_passes, run_cell, searches
 from moebench.checks import clean_logits, expected_logits
 from moebench.datasets import Dataset, load_dataset
 from moebench.errors import MoebenchError, RunError, UsageError
@@ -478,7 +478,7 @@ def planned_cells(prepared: Prepared) -> list[PlannedCell]:
     stored = stored_fingerprints(spec) if not spec.fresh else set()
     planned = []
     for plan, cell in prepared.cells:
-        budgets = [stage.budget() for stage, _ in searches(plan, spec.precision)]
+        budgets = [most_passes(stage, cell.view) for stage, _ in searches(plan, spec.precision)]
         forwards, backwards = (spec.draws * sum(passes) for passes in zip(*budgets, strict=True))
         # An image that is taken over is judged in one pass.
         forwards += WARM_START in cell.parameters

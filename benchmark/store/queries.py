@@ -37,6 +37,11 @@ def all_runs() -> Select[RunRow]:
     return select(RunRow).order_by(RunRow.id).options(selectinload(RunRow.links).joinedload(RunResultRow.result))
 
 
+def left_behind(fingerprint: str) -> Select[RunRow]:
+    """The runs of these cells that did not say that they ended."""
+    return select(RunRow).where(RunRow.status == "running", RunRow.fingerprint == fingerprint).order_by(RunRow.id)
+
+
 def shared(session: Session, row: Shared) -> Shared:
     """The row of the same content if there is one, else the given row, added."""
     kind = type(row)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -27,7 +28,7 @@ from moebench.schema import (
     StoredResult,
     StoredRun,
 )
-from moebench.store import activity, external, packing, pictures, queries, records
+from moebench.store import activity, external, owner, packing, pictures, queries, records
 from moebench.store.activity import Working
 from moebench.store.connect import Database
 from moebench.store.orm import CheckpointRow, ChunkRow, ClaimRow, ModelRow, ProtocolRow, ResultRow, RunResultRow, RunRow
@@ -95,7 +96,7 @@ class Store:
         self._database.close()
 
     def begin_run(self, start: RunStart, labels: IntArray | None = None) -> None:
-        """Records that a run has started.
+        """Records that a run has started; one of the same cells whose process is gone from this machine has failed.
 
         Args:
             start: what is known of it.
@@ -107,6 +108,9 @@ class Store:
         with self._database.writing() as session:
             if session.scalar(select(RunRow.id).where(RunRow.run_id == start.run_id)) is not None:
                 raise RunError(f"run {start.run_id} is already in {self.where}; every run needs an id of its own")
+            for left in session.scalars(queries.left_behind(start.fingerprint)):
+                if owner.state(left.environment, socket.gethostname()) == "gone":
+                    _succeed(left, start.run_id)
             session.add(
                 RunRow(
                     run_id=start.run_id,
@@ -221,8 +225,7 @@ class Store:
                 session.add(row)
             elif row.run is not run:
                 if row.run.status == "running":
-                    row.run.status, row.run.finished_at = "failed", queries.now()
-                    row.run.error = f"its process ended before the run did; run {run_id} went on with its work"
+                    _succeed(row.run, run_id)
                 row.run, row.touched_at = run, queries.now()
             session.flush()
             self._opened[row.id] = run_id
@@ -438,12 +441,18 @@ class Store:
         row = session.get(ResultRow, result_id)
         if row is None or row.status != "running":
             raise RunError(f"result {result_id} in {self.where} is {'finished' if row else 'unknown'}; open a cell")
-        owner = self._opened.get(result_id)
-        if owner is not None and owner != row.run.run_id:
+        opener = self._opened.get(result_id)
+        if opener is not None and opener != row.run.run_id:
             raise RunError(f"run {row.run.run_id} has taken over result {result_id}; start again when it is done")
         if row.run.status != "running":
             raise _ended(row.run)
         return row
+
+
+def _succeed(run: RunRow, successor: str) -> None:
+    """Ends a run whose process is gone."""
+    run.status, run.finished_at = "failed", queries.now()
+    run.error = f"its process ended before the run did; run {successor} went on with its work"
 
 
 def _ended(run: RunRow) -> RunError:
