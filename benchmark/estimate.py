@@ -100,9 +100,8 @@ class _FirstSteps(Attack):
     def start(self, rows: Rows, oracle: Oracle) -> State:
         state = self.inner.start(rows, oracle)
         if isinstance(self.inner, Square) and isinstance(state, SquareState):
-            # Its first proposals are large and often kept; most of its time goes into later ones.
+            # Its first patches are large; most of its time goes into later ones.
             state.queries = state.queries + self.inner.queries // 5
-            state.rate = torch.full_like(state.rate, 0.02)
         return state
 
     @override
@@ -111,6 +110,9 @@ class _FirstSteps(Attack):
         made, spent = len(self.log) - 1, self.log[-1][0] - self.log[0][0]
         if made >= self.steps or (made >= 2 and spent >= self.seconds):
             raise _EnoughError
+        if isinstance(state, SquareState):
+            # Its first proposals are often kept, and later ones are not, of which it makes many at a time.
+            state.rate = state.rate.clamp_max(0.02)
         return self.inner.step(state, rows, oracle)
 
     @override

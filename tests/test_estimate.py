@@ -144,7 +144,8 @@ def test_the_flops_of_a_v_moe_are_those_of_the_real_one() -> None:
 
 def test_the_table_of_docs(moebench: Terminal, capsys: pytest.CaptureFixture[str]) -> None:
     moebench.evaluate(DENSE, "fgsm", 4)
-    words = "--size S/32 --images 1000 --gpus 1,4 --peak 10 --price 2 --db results.db".split()
+    words = ["--size", "S/32", "--images", "1000", "--gpus", "1,4", "--peak", "10", "--price", "2"]
+    words += ["--db", "results.db"]
     capsys.readouterr()
     assert scale.main(words) == 0
     out = capsys.readouterr().out
