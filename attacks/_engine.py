@@ -117,6 +117,7 @@ class Engine(Oracle):
         draws: passes that are averaged for a model that is random.
         stop_when_broken: drop a sample once it is broken. Otherwise nothing is judged, every row runs to its end, and
             of the images that a sample's rows end with the one of highest cross-entropy is kept.
+        stop: asked between two steps; once it says so, what is decided is handed over and KeyboardInterrupt is raised.
     """
 
     def __init__(
@@ -132,6 +133,7 @@ class Engine(Oracle):
         screen: nn.Module | None = None,
         draws: int = 1,
         stop_when_broken: bool = True,
+        stop: Callable[[], bool] = lambda: False,
     ) -> None:
         self.threat = threat
         self.view = self.own_view = view
@@ -144,6 +146,7 @@ class Engine(Oracle):
         self.seed = seed
         self.flush_seconds = flush_seconds
         self.stop_when_broken = stop_when_broken
+        self.stop = stop
         self.broken = torch.zeros(count, dtype=torch.bool, device=device)
         # Rank of the target class by which a sample was broken in the current stage.
         self.rank = torch.full((count,), -1, dtype=torch.int64, device=device)
@@ -229,11 +232,13 @@ class Engine(Oracle):
             ended = attack.step(state, rows, self)
             keep = self._retire(attack, state, rows, ended)
             rows, state = (rows.take(keep), state.take(keep)) if len(keep) < len(rows) else (rows, state)
-            now = time.perf_counter()
-            if now - last_flush >= self.flush_seconds:
+            now, stopping = time.perf_counter(), self.stop()
+            if stopping or now - last_flush >= self.flush_seconds:
                 running = rows.index[self._open(rows)]
                 if self._flush(handed, (waiting.index[waiting.start :], running), now - last_flush, sink):
                     last_flush = now
+            if stopping:
+                raise KeyboardInterrupt
         self._flush(handed, (), time.perf_counter() - last_flush, sink)
 
     def _view_for(self, attack: Attack) -> View:

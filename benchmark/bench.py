@@ -1,7 +1,7 @@
 """Measured speed: our engine against pyautoattack and torchattacks, and sparse routing against the published loop.
 
 `make bench` runs it. Both sides see the same model and images in one process, take turns, and the median of several
-rounds counts. Verdicts are compared per sample.
+rounds counts. Verdicts are compared per sample. Last comes what `--dry-run` says of an evaluation, and what it takes.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import argparse
 import importlib.util
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ from moebench.attacks._search import search_copy
 from moebench.attacks._views import make_view
 from moebench.datasets import load_dataset
 from moebench.errors import MoebenchError
+from moebench.estimate import planned_with_costs
+from moebench.evaluation import EvalSpec, evaluate, parse_attacks, prepare
 from moebench.models import load_model
 from moebench.models.rt_er import ClassifierMoE
 from moebench.registry import model_registry
@@ -206,6 +209,22 @@ def dispatch(rounds: int) -> list[str]:
     ]
 
 
+def estimate(model: str, n: int | None, attack_name: str = "autoattack") -> str:
+    """One row of the table: what `--dry-run` says of an evaluation into an empty database, and what it then takes."""
+    with tempfile.TemporaryDirectory() as folder:
+        spec = EvalSpec(model, attacks=(attack_name,), views=("whole",), n=n, db=str(Path(folder) / "results.db"))
+        (cell,), bill = planned_with_costs(prepare(spec, parse_attacks(spec.attacks)))
+        summary = evaluate(spec)
+    assert cell.cost is not None
+    (result,) = summary.results
+    passes = [cell.cost.forwards + cell.cost.backwards, result.forwards + result.backwards]
+    return (
+        f"| {model} | {attack_name} | {summary.n} | {bill.seconds_at_most:.1f} | {bill.seconds:.1f} "
+        f"| {summary.seconds:.1f} | {bill.seconds / summary.seconds:.2f} | {passes[0]:,} / {passes[1]:,} "
+        f"| {passes[0] / passes[1]:.2f} | {bill.calibration:.1f} |"
+    )
+
+
 def main() -> int:
     """Prints the tables as Markdown."""
     parser = argparse.ArgumentParser(description="Measure moebench against the reference libraries.")
@@ -234,6 +253,10 @@ def main() -> int:
     print("\n| forward and backward | network | ms per image | gain |\n| --- | --- | --- | --- |")
     for case in {case.name: case for case in cases}.values():
         print("\n".join(copies(case, rounds)), flush=True)
+    print("\n| dry run | attack | n | at most s | about s | measured s | ratio | passes | ratio | trial s |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    for name, count in (("resnet-at", n), ("resnet-st", n if arguments.quick else None)):
+        print(estimate(name, count), flush=True)
     return 0
 
 

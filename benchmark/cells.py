@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from moebench import interrupt
 from moebench.attacks._base import Attack, AttackPlan
 from moebench.attacks._engine import Engine, Finished, Samples, Sink
 from moebench.attacks._library import LibraryAttack
@@ -195,6 +196,16 @@ def stage_name(stage: Attack, search: torch.dtype | None) -> str:
     return stage.stage if search is None else f"{stage.stage} in {str(search).removeprefix('torch.')}"
 
 
+def most_passes(stage: Attack, view: str) -> tuple[int, int]:
+    """The most forward and backward passes that one sample can cost in a stage of an attack on a view.
+
+    On other views than the whole, each image that the attack looks at is shown to the whole model as well.
+    """
+    forwards, backwards = stage.budget()
+    elsewhere = (stage.view or view) != "whole" and not isinstance(stage, TrainedAttack)
+    return forwards * (1 + elsewhere), backwards
+
+
 class _CellRunner:
     def __init__(self, work: CellWork, store: Store | None, run_id: str, resume: bool) -> None:
         assert work.only is None or store is None
@@ -231,6 +242,7 @@ class _CellRunner:
             seed=work.cell.seed,
             screen=work.search if work.draws == 1 else Expectation(work.search, work.draws),
             draws=work.draws,
+            stop=interrupt.requested,
         )
 
     def has(self, stage: str) -> bool:
@@ -303,7 +315,8 @@ class _CellRunner:
         if self.work.cell.engine == "reference" or isinstance(stage, LibraryAttack):
             run_reference(stage, self.engine, index, sink)
         else:
-            self.engine.run_stage(stage, index, sink, search=search)
+            with interrupt.deferring():
+                self.engine.run_stage(stage, index, sink, search=search)
 
     def _take_in(self, decided: Sequence[Decided]) -> None:
         """Commits what other processes decided, all of it or none, and books it."""

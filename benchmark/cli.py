@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import re
+import shlex
 import sys
 import traceback
 from collections.abc import Sequence
@@ -9,7 +12,7 @@ from io import TextIOWrapper
 
 import click
 
-from moebench import __version__
+from moebench import __version__, interrupt
 from moebench.commands._options import debug_option
 from moebench.commands.ablation import ablation_command
 from moebench.commands.certify import certify_command
@@ -66,7 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(stream, TextIOWrapper):  # an encoding without – or × is no reason to lose a result
             stream.reconfigure(errors="replace")
     try:
-        return int(cli.main(words, prog_name="moebench", standalone_mode=False) or 0)
+        with interrupt.handling(lambda: _say(_how_to_go_on(words))):
+            return int(cli.main(words, prog_name="moebench", standalone_mode=False) or 0)
     except click.exceptions.NoArgsIsHelpError as error:
         error.show()
         return 2
@@ -78,7 +82,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _say(str(error))
         return error.exit_code
     except (click.Abort, KeyboardInterrupt):
-        _say("interrupted; what was finished is kept, and the same command goes on from there")
+        _say(_how_to_go_on(words))
+        if arguments is None:
+            # All is committed and closed; what Python would still take apart takes longer than people wait.
+            for stream in (sys.stdout, sys.stderr):
+                stream.flush()
+            os._exit(1)
         return 1
     except BrokenPipeError:
         return 1
@@ -86,6 +95,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _trace(debug)
         _say(f"failed: {type(error).__name__}: {error}{'' if debug else ' (--debug shows where)'}")
         return 1
+
+
+def _how_to_go_on(words: Sequence[str]) -> str:
+    """What to say of a command that was interrupted. The password of a database is not shown."""
+    command = shlex.join(["moebench", *map(_without_password, words)])
+    return f"interrupted; what was finished is kept, and the same command goes on from there: {command}"
+
+
+def _without_password(word: str) -> str:
+    """A word of a command with what stands for a password in an address replaced by stars."""
+    word = re.sub(r"(://[^:/@]*:).*@", r"\1***@", word, flags=re.DOTALL)
+    return re.sub(r"([?&]\w*password=)[^&]*", r"\1***", word, flags=re.IGNORECASE)
 
 
 def _see_help(error: click.ClickException) -> str:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from moebench import interrupt
 from moebench.attacks import load_attack
 from moebench.attacks._base import AttackPlan
 from moebench.attacks._engine import Samples, to_samples
@@ -21,7 +22,8 @@ from moebench.attacks._memory import fitting_rows, keep_freed_memory
 from moebench.attacks._reference import check_reference
 from moebench.attacks._search import SearchCopy, search_copy
 from moebench.attacks._views import check_view, default_views
-from moebench.cells import CellOutcome, CellWork, UnfinishedCell, run_cell, searches
+from moebench.bill import Cost
+from moebench.cells import CellOutcome, CellWork, UnfinishedCell, most_passes, run_cell, searches
 from moebench.checks import clean_logits, expected_logits
 from moebench.datasets import Dataset, load_dataset
 from moebench.errors import MoebenchError, RunError, UsageError
@@ -40,10 +42,12 @@ from moebench.schema import (
     ProtocolRecord,
     ResultRecord,
     RunStart,
+    StoredResult,
     ThreatModel,
     is_protocol,
 )
 from moebench.store import Store
+from moebench.store.connect import MissingError
 from moebench.store.pictures import pictures_note
 from moebench.summary import Summary, summarise
 from moebench.warm import WarmStarts
@@ -345,6 +349,7 @@ def run(prepared: Prepared, store: Store, listener: Listener | None, warm: WarmS
         ),
         prepared.dataset.labels,
     )
+    unmark = interrupt.at_forced_end(lambda: _fail(store, run_id, KeyboardInterrupt(), time.perf_counter() - begin))
     records: list[ResultRecord] = []
     outcomes: list[CellOutcome] = []
     unfinished: list[UnfinishedCell] = []
@@ -388,6 +393,8 @@ def run(prepared: Prepared, store: Store, listener: Listener | None, warm: WarmS
     except BaseException as error:
         _fail(store, run_id, error, time.perf_counter() - begin)
         raise
+    finally:
+        unmark()
     return summary
 
 
@@ -472,7 +479,10 @@ def check_writable(path: Path, option: str = "--save-adv") -> None:
 
 @dataclass(frozen=True)
 class PlannedCell:
-    """A cell that a command would compute: the most passes it can take, and whether the database has it already."""
+    """A cell that a command would compute: the most passes it can take, and whether the database has it already.
+
+    `cost` is what it will probably take, None where nobody has looked.
+    """
 
     attack: str
     view: str
@@ -480,6 +490,7 @@ class PlannedCell:
     forwards: int
     backwards: int
     stored: bool
+    cost: Cost | None = None
 
     def to_json(self) -> dict[str, Any]:
         """As `--dry-run --json` prints it."""
@@ -498,7 +509,7 @@ def planned_cells(prepared: Prepared) -> list[PlannedCell]:
     stored = stored_fingerprints(spec) if not spec.fresh else set()
     planned = []
     for plan, cell in prepared.cells:
-        budgets = [stage.budget() for stage, _ in searches(plan, spec.precision)]
+        budgets = [most_passes(stage, cell.view) for stage, _ in searches(plan, spec.precision)]
         forwards, backwards = (spec.draws * sum(passes) for passes in zip(*budgets, strict=True))
         # An image that is taken over is judged in one pass.
         forwards += WARM_START in cell.parameters
@@ -513,9 +524,18 @@ def planned_cells(prepared: Prepared) -> list[PlannedCell]:
 
 def stored_fingerprints(spec: EvalSpec) -> set[str]:
     """The fingerprints of all finished cells of the database that a command names."""
+    return {result.cell.fingerprint for result in stored_results(spec)}
+
+
+def stored_results(spec: EvalSpec) -> list[StoredResult]:
+    """The finished cells of the database that a command names; none if there is no database yet.
+
+    Raises:
+        UsageError: the database cannot be read.
+    """
     try:
         with Store.open(spec.db, write=False) as store:
-            return {result.cell.fingerprint for result in store.results()}
-    except UsageError:
-        # No database yet is the usual case of a first dry run.
-        return set()
+            return store.results()
+    except MissingError:
+        # No database yet is the usual case of a first dry run; any other trouble would meet the real one too.
+        return []

@@ -34,8 +34,23 @@ def environment(device: str, threads: int) -> dict[str, Any]:
         "threads": threads,
         "host": socket.gethostname(),
         "pid": os.getpid(),
+        "process": process_identity(os.getpid()),
         "git": git_state(),
     }
+
+
+def process_identity(pid: int) -> str | None:
+    """What no other process shares with this one, not even one of the same number: when the machine and it began.
+
+    None where that cannot be told: the process is gone, or the system has no /proc.
+    """
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        # The name of the program, in brackets, may hold anything.
+        facts = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+        return f"{boot}/{facts[19]}"
+    except (OSError, IndexError):
+        return None
 
 
 def installed(package: str) -> str | None:

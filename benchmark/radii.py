@@ -9,7 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from moebench.bill import Bill, together
 from moebench.errors import UsageError
+from moebench.estimate import planned_with_costs
 from moebench.evaluation import (
     EvalSpec,
     Listener,
@@ -116,6 +118,17 @@ def sweep(
 def plan_sweep(spec: EvalSpec, radii: Sequence[float], *, cold: bool = False) -> dict[float, list[PlannedCell]]:
     """What `sweep` would do at each radius, without doing or writing anything."""
     return {level.threat.eps: planned_cells(level) for level in prepare_levels(spec, radii, cold=cold)}
+
+
+def plan_sweep_with_costs(
+    spec: EvalSpec, radii: Sequence[float], *, cold: bool = False, price_per_hour: float | None = None
+) -> tuple[dict[float, list[PlannedCell]], Bill]:
+    """As `plan_sweep`, with what it costs; that a warm start spares samples the attack is not taken into account."""
+    planned, bills = {}, []
+    for level in prepare_levels(spec, radii, cold=cold):
+        planned[level.threat.eps], bill = planned_with_costs(level, price_per_hour)
+        bills.append(bill)
+    return planned, replace(together(bills), images=bills[0].images)
 
 
 def prepare_levels(

@@ -11,11 +11,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from moebench.attacks._base import AttackPlan
+from moebench.bill import Bill
 from moebench.errors import MoebenchError, UsageError
+from moebench.estimate import planned_with_costs
 from moebench.evaluation import (
     EvalSpec,
     Listener,
     PlannedCell,
+    Prepared,
     applies,
     evaluate,
     parse_attacks,
@@ -50,11 +53,15 @@ class Failure:
 
 @dataclass(frozen=True)
 class ModelPlan:
-    """Attacks of the suite on one model and data set, their cells, and what a pass costs (FLOPs, 1 unknown)."""
+    """Attacks of the suite on one model and data set, their cells, and what a pass costs (FLOPs, 1 unknown).
+
+    `bill` is what they cost altogether, where that was asked for.
+    """
 
     spec: EvalSpec
     cells: tuple[PlannedCell, ...]
     flops: int
+    bill: Bill | None = None
 
     @property
     def missing(self) -> tuple[PlannedCell, ...]:
@@ -72,6 +79,7 @@ class ModelPlan:
             "model": self.spec.model,
             "dataset": self.spec.dataset,
             "cells": [cell.to_json() for cell in self.cells],
+            **({} if self.bill is None else {"total": self.bill.to_json()}),
         }
 
 
@@ -114,7 +122,14 @@ def models_with_weights(dataset: str) -> list[str]:
 
 
 def plan_suite(
-    base: EvalSpec, suite: str, models: Sequence[str], datasets: Sequence[str], watcher: Watcher | None = None
+    base: EvalSpec,
+    suite: str,
+    models: Sequence[str],
+    datasets: Sequence[str],
+    watcher: Watcher | None = None,
+    *,
+    costs: bool = False,
+    price_per_hour: float | None = None,
 ) -> Planned:
     """What a suite asks of some models, and what of it the store lacks; nothing is written.
 
@@ -124,6 +139,8 @@ def plan_suite(
         models: names, or none for all whose weights for the data set are shipped.
         datasets: names.
         watcher: told of each model.
+        costs: find out what the missing cells cost, by trying them.
+        price_per_hour: of the device.
 
     Raises:
         UsageError: there is no such suite, nothing to do, or one reason that none of the models can be planned.
@@ -139,7 +156,11 @@ def plan_suite(
         if watcher is not None:
             watcher.planning(number, len(pairs), model)
         try:
-            plans += _plans(replace(base, model=model, dataset=dataset), attacks)
+            for plan, prepared in _plans(replace(base, model=model, dataset=dataset), attacks):
+                if costs:
+                    cells, bill = planned_with_costs(prepared, price_per_hour)
+                    plan = replace(plan, cells=tuple(cells), bill=bill)
+                plans.append(plan)
         except MoebenchError as error:
             failures.append(Failure(model, dataset, "", str(error)))
     if not plans and len({failure.error for failure in failures}) == 1:
@@ -148,7 +169,7 @@ def plan_suite(
     return Planned(tuple(plans), tuple(failures))
 
 
-def _plans(spec: EvalSpec, attacks: Sequence[AttackPlan]) -> list[ModelPlan]:
+def _plans(spec: EvalSpec, attacks: Sequence[AttackPlan]) -> list[tuple[ModelPlan, Prepared]]:
     """One plan for the attacks on all headline views, and one for those on the whole model alone."""
     clean = prepare(replace(spec, attacks=()), [])
     fitting = [plan for plan in attacks if applies(plan, clean.loaded)]
@@ -158,7 +179,8 @@ def _plans(spec: EvalSpec, attacks: Sequence[AttackPlan]) -> list[ModelPlan]:
         if chosen:
             own = replace(spec, attacks=tuple(plan.name for plan in chosen), views=views)
             prepared = prepare(own, chosen)
-            found.append(ModelPlan(own, tuple(planned_cells(prepared)), prepared.loaded.checkpoint.flops or 1))
+            flops = prepared.loaded.checkpoint.flops or 1
+            found.append((ModelPlan(own, tuple(planned_cells(prepared)), flops), prepared))
     return found
 
 

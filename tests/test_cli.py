@@ -368,6 +368,7 @@ def test_a_dry_run_writes_nothing_and_its_bound_holds(moebench: Terminal) -> Non
     for item in moebench.evaluate(MOE, "fgsm,pgd-10", 20, "--json").json["results"]:
         bound = planned[item["attack"], item["view"]]
         assert bound["n"] == 20 and item["backwards"] <= bound["backwards"]
+        assert item["forwards"] - 20 <= bound["forwards"], "beside the clean pass"
     again = moebench.evaluate(MOE, "fgsm,pgd-10,pgd-20", 20, "--dry-run")
     assert again.out.count("stored already") == 6 and again.out.count("at most") == 3
     assert "pgd-20 on view whole, 20 samples: at most " in again.out

@@ -212,7 +212,7 @@ def test_a_store_opened_for_reading_does_not_write(tmp_path: Path) -> None:
 
 def test_settings_of_a_connection(tmp_path: Path) -> None:
     with Store.open(filled(tmp_path / "r.db"), write=True) as store, store._database.reading() as session:
-        wanted = {"foreign_keys": 1, "busy_timeout": 30_000, "journal_mode": "wal", "synchronous": 1}
+        wanted = {"foreign_keys": 1, "busy_timeout": 30_000, "journal_mode": "wal", "synchronous": 2}
         assert {name: session.connection().exec_driver_sql(f"PRAGMA {name}").scalar() for name in wanted} == wanted
 
 

@@ -6,12 +6,13 @@ import os
 import pwd
 import shutil
 import subprocess
+import sys
 import tempfile
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,12 +29,16 @@ from builders import (
     make_run_start,
     same_examples,
 )
+from commands import DENSE
 from sqlalchemy import URL, create_engine, text
+from sqlalchemy.orm import Session
+from test_store_processes import BUSY_WRITER, start
 
 from moebench.claims import load_claims
+from moebench.cli import main
 from moebench.errors import RunError, UsageError
-from moebench.schema import Flag
-from moebench.store import Store, connect, migrate
+from moebench.schema import Chunk, Example, Flag
+from moebench.store import Store, connect, migrate, pictures
 from moebench.store.joining import Merged
 
 PASSWORD = "s3cret/pass word"
@@ -47,9 +52,24 @@ def _binaries() -> Path:
     return found[-1].parent
 
 
+Restart = Callable[[], None]
+
+
 @pytest.fixture(scope="module")
-def server() -> Iterator[Path]:
+def restart(running: tuple[Path, Restart]) -> Restart:
+    """Stops the server as a loss of power would, and starts it again."""
+    return running[1]
+
+
+@pytest.fixture(scope="module")
+def server(running: tuple[Path, Restart]) -> Path:
     """The socket folder of a running server whose superuser is `tester`."""
+    return running[0]
+
+
+@pytest.fixture(scope="module")
+def running() -> Iterator[tuple[Path, Restart]]:
+    """The socket folder of a running server, and what restarts it."""
     if find_spec("psycopg") is None:
         pytest.skip("no psycopg; `pip install psycopg[binary]` adds it")
     binaries = _binaries()
@@ -71,13 +91,17 @@ def server() -> Iterator[Path]:
     data = str(folder / "data")
     call("initdb", "-D", data, "-U", "tester", "-A", "scram-sha-256", "--pwfile", str(secret), "-E", "UTF8", "-N")
     options = f"-c listen_addresses='' -c unix_socket_directories='{folder}' -c fsync=off -c shared_buffers=16MB"
-    subprocess.run(
-        [*prefix, str(binaries / "pg_ctl"), "-D", data, "-w", "-l", str(folder / "log"), "-o", options, "start"],
-        cwd=folder,
-        check=True,
-        stdout=subprocess.DEVNULL,
-    )
-    yield folder
+
+    def begin() -> None:
+        words = [str(binaries / "pg_ctl"), "-D", data, "-w", "-l", str(folder / "log"), "-o", options, "start"]
+        subprocess.run([*prefix, *words], cwd=folder, check=True, stdout=subprocess.DEVNULL)
+
+    def restart() -> None:
+        call("pg_ctl", "-D", data, "-m", "immediate", "stop")
+        begin()
+
+    begin()
+    yield folder, restart
     call("pg_ctl", "-D", data, "-m", "immediate", "stop")
     shutil.rmtree(folder)
 
@@ -160,19 +184,116 @@ def test_a_user_who_may_only_read(url: str, server: Path) -> None:
     execute(server, "DROP OWNED BY reader")
 
 
-def test_drivers_that_make_and_fill_one_database_together(url: str) -> None:
-    def work(name: str) -> None:
-        with Store.open(url, write=True) as store:
-            for number in range(4):
-                run_id = f"{name}-{number}"
-                store.begin_run(make_run_start(run_id))
-                finish_cell(store, run_id, make_cell(run_id))
-                store.finish_run(run_id, "done", seconds=1.0)
-
-    with ThreadPoolExecutor(4) as pool:
-        list(pool.map(work, "abcd"))
+def test_eight_drivers_that_make_and_fill_one_database_together(url: str) -> None:
+    for process in [start(BUSY_WRITER, url, name) for name in "abcdefgh"]:
+        _, errors = process.communicate(timeout=240)
+        assert process.returncode == 0, errors
     with Store.open(url, write=False) as store:
-        assert len(store.results()) == len(store.runs()) == 16 and store.check() == []
+        assert len(store.runs()) == 8 * 3 and len(store.results()) == 8 * 3 * 2 and store.check() == []
+        assert all(run.status == "done" and len(run.results) == 2 for run in store.runs())
+
+
+EVALUATE = ["evaluate", "--model", DENSE, "--attack", "fgsm,pgd-10", "--n", "20", "--no-trust", "--view", "whole"]
+
+
+def undisturbed(tmp_path: Path) -> list[Any]:
+    path = str(tmp_path / "undisturbed.db")
+    assert main([*EVALUATE, "--db", path]) == 0
+    return verdicts(path)
+
+
+def verdicts(where: str) -> list[Any]:
+    with Store.open(where, write=False) as store:
+        assert store.check() == []
+        found = [store.outcomes(one.result_id) for one in store.results(newest_only=False)]
+    names = ("broken", "adv_pred", "distance", "forwards", "backwards")
+    return [[getattr(out, name).tolist() for name in names] for out in found]
+
+
+def test_a_server_that_is_restarted_between_two_commits_is_waited_for(
+    url: str, restart: Restart, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, commits = Store.append_chunk, 0
+
+    def append(store: Store, result_id: int, chunk: Chunk) -> None:
+        nonlocal commits
+        commits += 1
+        if commits == 2:
+            restart()
+        real(store, result_id, chunk)
+
+    expected = undisturbed(tmp_path)
+    monkeypatch.setattr(Store, "append_chunk", append)
+    assert main([*EVALUATE, "--db", url]) == 0
+    assert commits > 2 and verdicts(url) == expected
+
+
+def test_a_connection_that_is_cut_inside_a_commit_costs_that_commit_alone(
+    url: str, server: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real, commits = pictures.keep, 0
+
+    def keep(session: Session, result_id: int, examples: Sequence[Example]) -> None:
+        nonlocal commits
+        commits += 1
+        if commits == 4:
+            others = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = 'bench'"
+            execute(server, others, "postgres")
+        real(session, result_id, examples)
+
+    expected = undisturbed(tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr(pictures, "keep", keep)
+        capsys.readouterr()
+        assert main([*EVALUATE, "--db", url]) == 1
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.count("\n") == 1 and "s3cret" not in said.err
+    assert "lost the connection to postgresql" in said.err and "what was committed is kept" in said.err
+    with Store.open(url, write=False) as store:
+        assert store.check() == [] and [len(run.results) for run in store.runs()] == [1]
+        assert [run.status for run in store.runs()] == ["failed"]
+    assert main([*EVALUATE, "--db", url]) == 0
+    assert verdicts(url) == expected
+
+
+def test_two_drivers_that_do_the_same_work_at_once_end_alike(url: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "moebench", *EVALUATE, "--db", url]
+    processes = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    for process in processes:
+        _, errors = process.communicate(timeout=240)
+        assert process.returncode == 0, errors
+    expected, found = undisturbed(tmp_path), verdicts(url)
+    assert len(found) in (2, 3, 4) and all(one in expected for one in found)
+    with Store.open(url, write=False) as store:
+        assert [(run.status, len(run.results)) for run in store.runs()] == [("done", 2)] * 2
+        assert not any("s3cret" in run.command + str(run.environment) for run in store.runs())
+
+
+def test_an_address_that_leads_nowhere_is_one_line(
+    url: str, server: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    execute(server, "DROP ROLE IF EXISTS nobody")
+    execute(server, "CREATE ROLE nobody LOGIN PASSWORD 'wr0ng'")
+    places = {
+        "postgresql://me:s3cret@127.0.0.1:1/x": "cannot reach postgresql",
+        "postgresql://me:s3cret@no-such-host.invalid/x": "cannot reach postgresql",
+        url.replace(QUOTED, "wr0ng"): "password authentication failed",
+        f"postgresql://nobody:wr0ng@/bench?host={server}": "permission denied",
+    }
+    for where, message in places.items():
+        for words in (["runs"], ["evaluate", "--model", DENSE, "--attack", "fgsm", "--n", "4"]):
+            if message == "permission denied" and words == ["runs"]:
+                continue  # an empty database can be looked at
+            assert main([*words, "--db", where]) == 2
+            said = capsys.readouterr()
+            assert said.out == "" and said.err.count("\n") == 1 and message in said.err, said.err
+            assert "s3cret" not in said.err and "wr0ng" not in said.err
+        assert main(["evaluate", "--model", DENSE, "--n", "4", "--db", where, "--dry-run"]) == 2 or "nobody" in where
+        said = capsys.readouterr()
+        assert "s3cret" not in said.err and "wr0ng" not in said.err
+    assert not list(tmp_path.iterdir())
+    execute(server, "DROP OWNED BY nobody")
 
 
 def test_a_driver_on_another_machine_keeps_its_cell_while_it_commits(url: str, monkeypatch: pytest.MonkeyPatch) -> None:

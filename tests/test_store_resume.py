@@ -120,5 +120,5 @@ def test_a_run_that_died_before_it_worked_is_closed_by_the_next_of_its_kind(
     store.begin_run(replace(run_of("run-alive", living_pid), fingerprint="same work"))
     store.begin_run(replace(run_of("run-new", os.getpid()), fingerprint="same work"))
     status = {run.run_id: (run.status, run.error) for run in store.runs()}
-    assert status["run-dead"] == ("failed", "its process ended before it began to work; run run-alive began anew")
+    assert status["run-dead"] == ("failed", "its process ended before the run did; run run-alive began anew")
     assert status["run-alive"] == status["run-new"] == ("running", None)

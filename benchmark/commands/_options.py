@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -34,6 +35,24 @@ def _check_seed(context: click.Context, parameter: click.Parameter, seed: int) -
     if not 0 <= seed < 2**32:
         raise UsageError(f"the seed must be between 0 and {2**32 - 1}, got {seed}")
     return seed
+
+
+def price_option(function: Decorated) -> Decorated:
+    return click.option(
+        "--price", type=float, metavar="PER_HOUR", help="With --dry-run: what an hour of the device costs."
+    )(function)
+
+
+def check_price(price: float | None, dry_run: bool) -> None:
+    """Refuses a price that means nothing.
+
+    Raises:
+        UsageError: it is no positive number, or nothing is estimated.
+    """
+    if price is not None and not dry_run:
+        raise UsageError("--price is for the estimate of --dry-run; give both or neither")
+    if price is not None and not (math.isfinite(price) and price > 0):
+        raise UsageError(f"--price takes what an hour costs, a positive number such as 2.5, got {price}")
 
 
 def settings_option(function: Decorated) -> Decorated:

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 import click
 from rich.markup import escape
 
-from moebench.commands._tables import curve_lines, headline_lines, interval, results_lines, standard_output
+from moebench.commands._tables import curve_lines, duration, headline_lines, interval, results_lines, standard_output
 from moebench.schema import ThreatModel, format_eps, is_protocol
 
 if TYPE_CHECKING:
+    from moebench.bill import Bill
     from moebench.evaluation import EvalSpec, PlannedCell
     from moebench.radii import Sweep
     from moebench.summary import Summary
@@ -19,21 +20,48 @@ if TYPE_CHECKING:
 
 def in_words(cell: PlannedCell) -> str:
     """One planned cell."""
-    state = (
-        "stored already" if cell.stored else f"at most {cell.forwards:,} forward and {cell.backwards:,} backward passes"
+    name = f"{cell.attack} on view {cell.view}, {cell.n} samples"
+    if cell.stored:
+        return f"{name}: stored already"
+    most = f"at most {cell.forwards:,} forward and {cell.backwards:,} backward passes"
+    if cell.cost is None:
+        return f"{name}: {most}"
+    cost = cell.cost
+    about = f"about {cost.forwards:,} forward and {cost.backwards:,} backward passes, {duration(cost.seconds)}"
+    return f"{name}: {most}, {duration(cost.seconds_at_most)}; {about} (from {cost.basis})"
+
+
+def bill_lines(bill: Bill) -> list[str]:
+    """What a command costs altogether, after its cells."""
+    about, most = (
+        f"{duration(seconds)} ({bill.hours(seconds):.2g} {bill.unit})"
+        for seconds in (bill.seconds, bill.seconds_at_most)
     )
-    return f"{cell.attack} on view {cell.view}, {cell.n} samples: {state}"
+    lines = [f"total: about {about}, at most {most}"]
+    if bill.price_per_hour is not None:
+        told = [
+            (bill.price(seconds) or 0.0, bill.price_per_1000(seconds) or 0.0)
+            for seconds in (bill.seconds, bill.seconds_at_most)
+        ]
+        words = [f"{price:.2g} ({each:.2g} per 1,000 images)" for price, each in told]
+        lines.append(f"price at {bill.price_per_hour:g} per hour: about {words[0]}, at most {words[1]}")
+    where = "CPU" if bill.device == "cpu" else "GPU"
+    threads = f", {bill.threads} thread{'s' * (bill.threads > 1)}" if bill.device == "cpu" else ""
+    lines.append(f"tried on this {where}{threads} for {duration(bill.calibration)}")
+    return lines
 
 
-def say_planned_sweep(planned: dict[float, list[PlannedCell]], as_json: bool) -> None:
+def say_planned_sweep(planned: dict[float, list[PlannedCell]], bill: Bill, as_json: bool) -> None:
     """The plan of a sweep over radii."""
     if as_json:
         radii = [{"eps": eps, "cells": [cell.to_json() for cell in cells]} for eps, cells in planned.items()]
-        click.echo(json.dumps({"radii": radii}))
+        click.echo(json.dumps({"radii": radii, "total": bill.to_json()}))
         return
     for eps, cells in planned.items():
         for cell in cells:
             click.echo(f"eps {format_eps(eps)}: {in_words(cell)}")
+    for line in bill_lines(bill):
+        click.echo(line)
 
 
 def print_summary(summary: Summary, spec: EvalSpec) -> None:

@@ -11,7 +11,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from typing_extensions import override
 
-from moebench.commands._tables import percent, standard_output
+from moebench.bill import together
+from moebench.commands._say import bill_lines
+from moebench.commands._tables import duration, percent, standard_output
 from moebench.evaluation import Listener
 from moebench.evaluation import Progress as Step
 from moebench.suite import Failure, ModelPlan, Planned, Swept, Watcher
@@ -68,28 +70,25 @@ def watching() -> Iterator[Watcher]:
         yield Shown(progress)
 
 
-def duration(seconds: float) -> str:
-    """Seconds as "12 s", "3 min" or "2 h 05 min"."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
-
-
 def say_planned_suite(planned: Planned) -> None:
-    """What is missing, per model, with the passes that it takes at most."""
+    """What is missing, per model, with what it takes: at most, and probably."""
     console = standard_output()
     table = Table(box=None, pad_edge=False)
     for name in ("model", "data", "missing"):
         table.add_column(name, overflow="fold")
-    for name in ("cells", "forwards", "backwards"):
+    for name in ("cells", "forwards", "backwards", "about", "at most"):
         table.add_column(name, justify="right", no_wrap=True)
     for plan in planned.plans:
         names = ", ".join(dict.fromkeys(cell.attack for cell in plan.missing)) or "nothing"
         passes = [sum(getattr(cell, kind) for cell in plan.missing) for kind in ("forwards", "backwards")]
         counts = (f"{len(plan.missing)} of {len(plan.cells)}", *(f"{count:,}" for count in passes))
-        table.add_row(escape(plan.spec.model), escape(plan.spec.dataset), escape(names), *counts)
+        bill = plan.bill if plan.missing else None
+        times = ("–", "–") if bill is None else (duration(bill.seconds), duration(bill.seconds_at_most))
+        table.add_row(escape(plan.spec.model), escape(plan.spec.dataset), escape(names), *counts, *times)
     console.print(table)
+    bills = [plan.bill for plan in planned.plans if plan.bill is not None and plan.missing]
+    for line in bill_lines(together(bills)) if bills else ():
+        console.print(escape(line))
     _say_failures(console, planned.failures)
 
 

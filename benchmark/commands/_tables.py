@@ -115,3 +115,11 @@ def _short(count: int) -> str:
         if count < limit:
             return f"{count // divisor}{unit}"
     return f"{count // 1_000_000_000}G"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as "12 s", "3 min" or "2 h 05 min"."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"

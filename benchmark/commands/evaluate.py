@@ -13,9 +13,11 @@ from moebench.commands._cluster import cluster_options, on_cluster, taken_from
 from moebench.commands._guard import users_code
 from moebench.commands._names import check_names
 from moebench.commands._options import (
+    check_price,
     database_option,
     debug_option,
     parse_settings,
+    price_option,
     seed_option,
     settings_option,
     split_names,
@@ -81,7 +83,8 @@ NUMERIC_OPTIONS = {
 @click.option("--save-adv", type=click.Path(path_type=Path), metavar="FILE", help="Write the adversarial images (npz).")
 @click.option("--fresh", is_flag=True, help="Compute again what the database already has.")
 @click.option("--no-trust", is_flag=True, help="Leave out the probes for gradient masking after the attacks.")
-@click.option("--dry-run", is_flag=True, help="Only say what would be computed, and how many passes at most.")
+@click.option("--dry-run", is_flag=True, help="Only say what would be computed, and what it costs, by a short trial.")
+@price_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
 @debug_option
 def evaluate_command(
@@ -94,6 +97,7 @@ def evaluate_command(
     settings: tuple[str, ...],
     as_json: bool,
     dry_run: bool,
+    price: float | None,
     no_trust: bool,
     **options: Any,
 ) -> None:
@@ -101,6 +105,7 @@ def evaluate_command(
     radii = {} if eps is None else parse_radii(eps)
     for radius in radii:
         ThreatModel(options["norm"], radius)
+    check_price(price, dry_run)
     attacks, views = split_names(attack), split_names(view)
     check_names(model, attacks, views)
     if options["routing"] is not None:
@@ -120,10 +125,13 @@ def evaluate_command(
     )  # fmt: skip
     if len(radii) > 1:
         commands = dict(zip(radii, map(command, _texts(radii, cold, spec)), strict=True))
-        _sweep(spec, commands, settings_of_cluster, cold=cold, as_json=as_json, dry_run=dry_run)
+        if dry_run:
+            _dry_run_of_sweep(spec, list(commands), cold=cold, as_json=as_json, price=price)
+        else:
+            _sweep(spec, commands, settings_of_cluster, cold=cold, as_json=as_json)
         return
     if dry_run:
-        _dry_run(spec, as_json)
+        _dry_run(spec, as_json, price)
         return
     from moebench.commands._progress import listening
 
@@ -145,34 +153,30 @@ def _texts(radii: dict[float, str], cold: bool, spec: EvalSpec) -> list[str]:
 
 
 def _sweep(
-    spec: EvalSpec,
-    commands: dict[float, str],
-    cluster: ClusterSettings | None,
-    *,
-    cold: bool,
-    as_json: bool,
-    dry_run: bool,
+    spec: EvalSpec, commands: dict[float, str], cluster: ClusterSettings | None, *, cold: bool, as_json: bool
 ) -> None:
-    """Evaluates, or plans, at the radii that are the keys of `commands`."""
+    """Evaluates at the radii that are the keys of `commands`."""
     from moebench.commands._progress import listening
-    from moebench.radii import plan_sweep, sweep
+    from moebench.radii import sweep
 
-    radii = list(commands)
-    if dry_run:
-        with users_code():
-            planned = plan_sweep(spec, radii, cold=cold)
-        from moebench.commands._say import say_planned_sweep
-
-        say_planned_sweep(planned, as_json)
-        return
     with listening() as listener, users_code(), on_cluster(spec, cluster) as placed:
-        found = sweep(placed, radii, cold=cold, commands=commands, listener=listener)
+        found = sweep(placed, list(commands), cold=cold, commands=commands, listener=listener)
     if as_json:
         click.echo(json.dumps(found.to_json()))
     else:
         from moebench.commands._say import print_sweep
 
         print_sweep(found, spec)
+
+
+def _dry_run_of_sweep(spec: EvalSpec, radii: list[float], *, cold: bool, as_json: bool, price: float | None) -> None:
+    from moebench.radii import plan_sweep_with_costs
+
+    with users_code():
+        planned, bill = plan_sweep_with_costs(spec, radii, cold=cold, price_per_hour=price)
+    from moebench.commands._say import say_planned_sweep
+
+    say_planned_sweep(planned, bill, as_json)
 
 
 def command_line(
@@ -200,15 +204,16 @@ def command_line(
     return shlex.join(words)
 
 
-def _dry_run(spec: EvalSpec, as_json: bool) -> None:
-    from moebench.evaluation import plan_only
+def _dry_run(spec: EvalSpec, as_json: bool, price: float | None) -> None:
+    from moebench.estimate import planned_with_costs
+    from moebench.evaluation import parse_attacks, prepare
 
     with users_code():
-        planned = plan_only(spec)
+        planned, bill = planned_with_costs(prepare(spec, parse_attacks(spec.attacks)), price)
     if as_json:
-        click.echo(json.dumps({"cells": [cell.to_json() for cell in planned]}))
+        click.echo(json.dumps({"cells": [cell.to_json() for cell in planned], "total": bill.to_json()}))
         return
-    from moebench.commands._say import in_words
+    from moebench.commands._say import bill_lines, in_words
 
-    for cell in planned:
-        click.echo(in_words(cell))
+    for line in (*map(in_words, planned), *bill_lines(bill)):
+        click.echo(line)

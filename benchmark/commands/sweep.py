@@ -10,7 +10,14 @@ import click
 from moebench.commands._cluster import cluster_options, on_cluster, taken_from
 from moebench.commands._guard import users_code
 from moebench.commands._names import check_names
-from moebench.commands._options import database_option, debug_option, seed_option, split_names
+from moebench.commands._options import (
+    check_price,
+    database_option,
+    debug_option,
+    price_option,
+    seed_option,
+    split_names,
+)
 from moebench.schema import SUITE_VERSION, SUITES, ThreatModel, parse_eps
 
 if TYPE_CHECKING:
@@ -35,7 +42,8 @@ if TYPE_CHECKING:
 )  # fmt: skip
 @cluster_options
 @database_option
-@click.option("--dry-run", is_flag=True, help="Only say what is missing, and how many passes it takes at most.")
+@click.option("--dry-run", is_flag=True, help="Only say what is missing, and what it costs, by a short trial.")
+@price_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
 @debug_option
 @click.pass_context
@@ -47,6 +55,7 @@ def sweep_command(
     datasets: str,
     eps: str | None,
     dry_run: bool,
+    price: float | None,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -54,6 +63,7 @@ def sweep_command(
     radius = None if eps is None else parse_eps(eps)
     if radius is not None:
         ThreatModel(options["norm"], radius)
+    check_price(price, dry_run)
     names, data = split_names(models), split_names(datasets)
     for name in names:
         check_names(name, SUITES[suite], ())
@@ -71,7 +81,7 @@ def sweep_command(
     base = EvalSpec(model="", eps=radius, **options)
     cluster = None if dry_run else settings_of_cluster
     with watching() as watcher, users_code(), on_cluster(base, cluster) as placed:
-        planned = plan_suite(placed, suite, names, data, watcher)
+        planned = plan_suite(placed, suite, names, data, watcher, costs=dry_run, price_per_hour=price)
         swept: Swept | None = None if dry_run else run_suite(planned, command, watcher)
     if swept is None:
         if as_json:

@@ -27,6 +27,9 @@ VARIABLE = "MOEBENCH_DB"
 _WAIT = 30
 """Seconds to wait for another process that writes."""
 
+_PAUSE = 0.5
+"""Seconds between two attempts to reach a server that was there before."""
+
 _LOCK = 0x6D6F6562
 """The advisory lock that makes PostgreSQL admit one writing transaction at a time, as SQLite does."""
 
@@ -36,6 +39,10 @@ _MAKE = "`moebench evaluate --model rt-er --attack pgd-10` makes one"
 
 class DamagedError(UsageError):
     """The file is no SQLite database, or one with broken pages."""
+
+
+class MissingError(UsageError):
+    """There is no database there, or an empty one."""
 
 
 class BusyError(RunError):
@@ -58,6 +65,7 @@ class Database:
         self.found: str | None = None
         self._copy: Copy | None = None
         self._secrets: tuple[str, ...] = ()
+        self._ready = False
         if isinstance(where, str) and "://" in where:
             url = _parse(where)
             self._secrets = _secrets(url)
@@ -76,6 +84,7 @@ class Database:
                 except BaseException:
                     self._engine.dispose()
                     raise
+            self._ready = True
         except BaseException as error:
             if not isinstance(error, BusyError):  # then another process may be making the file
                 _tidy(_beside(self.path) - before, damaged=isinstance(error, DamagedError))
@@ -93,7 +102,7 @@ class Database:
     @contextmanager
     def reading(self) -> Iterator[Session]:
         """A session that sees one state of the database and changes nothing."""
-        with self.explained(), Session(self._engine) as session, session.begin():
+        with self.explained(), self._session(self._engine) as session:
             yield session
 
     @contextmanager
@@ -102,12 +111,30 @@ class Database:
 
         Raises:
             UsageError: the database was opened for reading.
-            RunError: another process kept the lock too long, or the disk is full.
+            RunError: another process kept the lock too long, the disk is full, or the connection was lost.
         """
         if not self.write:
             raise UsageError(f"{self.shown} was opened for reading; open it with write=True to change it")
-        with self.explained(), Session(self._writer) as session, session.begin():
-            session.connection()  # a session begins with its first statement; the lock is wanted now
+        with self.explained(), self._session(self._writer) as session:
+            yield session
+
+    @contextmanager
+    def _session(self, engine: Engine) -> Iterator[Session]:
+        """A session whose transaction has begun; a server that is being restarted is waited for."""
+        deadline = time.monotonic() + _WAIT
+        while True:
+            session = Session(engine)
+            try:
+                transaction = session.begin()
+                session.connection()  # a session begins with its first statement; the lock is wanted now
+                break
+            except BaseException as error:
+                session.close()
+                waiting = self._ready and isinstance(error, DBAPIError) and _is_lost(error)
+                if not waiting or time.monotonic() > deadline:
+                    raise
+                time.sleep(_PAUSE)
+        with session, transaction:
             yield session
 
     def close(self) -> None:
@@ -128,7 +155,7 @@ class Database:
             reason = " ".join(str(error.orig).split())
             for secret in self._secrets:
                 reason = reason.replace(secret, "***")
-            explanation = _explain(error, self.shown, reason)
+            explanation = _explain(error, self.shown, reason, ready=self._ready)
             if explanation is None:
                 raise
             raise explanation from None
@@ -143,7 +170,7 @@ class Database:
             if self.write and found is not None and self.path is not None:
                 _refuse_damage(connection, self.shown)
         if found is None and not self.create:
-            raise UsageError(f"{self.shown} holds no results yet; {_MAKE}")
+            raise MissingError(f"{self.shown} holds no results yet; {_MAKE}")
         if not self.write:
             if found is not None and found != migrate.REVISIONS[-1]:
                 self._read_older(found)
@@ -206,7 +233,7 @@ def _sqlite(path: Path, shown: str, write: bool, create: bool) -> Engine:
         )
     if not path.exists():
         if not create:
-            raise UsageError(f"there is no database {shown}; {_MAKE}, or name another with --db or {VARIABLE}")
+            raise MissingError(f"there is no database {shown}; {_MAKE}, or name another with --db or {VARIABLE}")
         return _sqlite_engine(path, "mode=rwc", write=True)
     if write:
         if not _writable(path):
@@ -269,7 +296,8 @@ def _sqlite_engine(path: Path, mode: str, *, write: bool) -> Engine:
         # isolation_level=None leaves BEGIN to the listener below; the driver's own one starts too late to lock.
         connection = sqlite3.connect(address, uri=True, timeout=_WAIT, isolation_level=None, check_same_thread=False)
         connection.execute("PRAGMA foreign_keys=ON")
-        connection.execute("PRAGMA synchronous=NORMAL")
+        # What a commit wrote is on the disk when it returns: NORMAL keeps the file whole, but may lose the last ones.
+        connection.execute("PRAGMA synchronous=FULL")
         if not write:
             connection.execute("PRAGMA query_only=ON")
         return connection
@@ -330,8 +358,24 @@ def _code(error: DBAPIError) -> int | None:
     return None if code is None else code & 0xFF
 
 
-def _explain(error: DBAPIError, shown: str, reason: str) -> MoebenchError | None:
-    """The one line for an error that is not a mistake of this package, else None."""
+def _is_lost(error: DBAPIError) -> bool:
+    """Whether a server cannot be reached, or has cut the connection; nothing of the kind happens to a file."""
+    if not _is_postgres(error):
+        return False
+    state = getattr(error.orig, "sqlstate", None)
+    unreachable = state is None and type(error.orig).__name__ == "OperationalError"
+    return error.connection_invalidated or unreachable or state in ("57P01", "57P02", "57P03")
+
+
+def _is_postgres(error: DBAPIError) -> bool:
+    return type(error.orig).__module__.startswith("psycopg")
+
+
+def _explain(error: DBAPIError, shown: str, reason: str, *, ready: bool) -> MoebenchError | None:
+    """The one line for an error that is not a mistake of this package, else None.
+
+    `ready` says that the database had been opened before: then it is no wrong address.
+    """
     state = getattr(error.orig, "sqlstate", None)
     code = _code(error)
     if code in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT):
@@ -344,6 +388,10 @@ def _explain(error: DBAPIError, shown: str, reason: str) -> MoebenchError | None
         return BusyError(f"{shown} is busy: another process has been writing for {_WAIT} s; try again when it is done")
     if code in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR) or state == "53100":
         return RunError(f"{shown} could not be written ({reason}); is the disk full?")
-    if type(error.orig).__module__.startswith("psycopg") and type(error.orig).__name__ == "OperationalError":
+    if ready and _is_lost(error):
+        return RunError(
+            f"lost the connection to {shown} ({reason}); what was committed is kept, and the same command goes on"
+        )
+    if _is_postgres(error) and type(error.orig).__name__ == "OperationalError":
         return UsageError(f"cannot reach {shown} ({reason}); check the address, the server and the user")
     return None

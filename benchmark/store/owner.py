@@ -8,6 +8,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Literal
 
+from moebench.provenance import process_identity
 from moebench.schema import Json
 
 LEASE = timedelta(minutes=10)
@@ -18,7 +19,7 @@ def is_busy(owner: Json, ours: Json, touched_at: str, *, shared: bool) -> bool:
     """Whether a cell should be left to its owner.
 
     Args:
-        owner: environment of the run that holds the cell, with `host` and `pid`.
+        owner: environment of the run that holds the cell, with `host`, `pid` and, since it is kept, `process`.
         ours: environment of the run that asks.
         touched_at: time of the owner's last commit, ISO 8601.
         shared: whether several machines may write to this database. The writers of an SQLite file share one machine, so
@@ -28,18 +29,24 @@ def is_busy(owner: Json, ours: Json, touched_at: str, *, shared: bool) -> bool:
     if host is None or not isinstance(pid, int):
         return False
     if host == ours.get("host"):
-        return pid != os.getpid() and _alive(pid)
+        return pid != os.getpid() and _at_work(owner, pid)
     return shared and datetime.now(UTC) - datetime.fromisoformat(touched_at) < LEASE
 
 
 def state(owner: Json, host: str) -> Literal["alive", "gone", "elsewhere"]:
     """Whether the process that a run names is at work on this machine, called `host`, is not, or would be on another.
 
-    A process of the same number that began later passes for alive.
+    Where a run does not say when its process began, a later one of the same number passes for it.
     """
     if owner.get("host") != host or not isinstance(owner.get("pid"), int):
         return "elsewhere"
-    return "alive" if _alive(owner["pid"]) else "gone"
+    return "alive" if _at_work(owner, owner["pid"]) else "gone"
+
+
+def _at_work(owner: Json, pid: int) -> bool:
+    """Whether the process lives and is no later one of the same number, as there are after a restart."""
+    was, found = owner.get("process"), process_identity(pid)
+    return _alive(pid) and (was is None or found is None or was == found)
 
 
 def _alive(pid: int) -> bool:

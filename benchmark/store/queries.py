@@ -112,7 +112,7 @@ def close_gone(session: Session, run_id: str, fingerprint: str, environment: Jso
     for row in session.scalars(query):
         if not is_busy(row.environment, environment, row.started_at, shared=many_machines):
             row.status, row.finished_at = "failed", now()
-            row.error = f"its process ended before it began to work; run {run_id} began anew"
+            row.error = f"its process ended before the run did; run {run_id} began anew"
 
 
 def chunks(row: ResultRow) -> list[Chunk]:

@@ -96,7 +96,7 @@ class Store:
         self._database.close()
 
     def begin_run(self, start: RunStart, labels: IntArray | None = None) -> None:
-        """Records that a run has started.
+        """Records that a run has started; one of the same cells whose process is gone from this machine has failed.
 
         Args:
             start: what is known of it.
@@ -456,8 +456,8 @@ class Store:
         found = session.execute(queries.holder(result_id)).one_or_none()
         if found is None or found.status != "running":
             raise RunError(f"result {result_id} in {self.where} is {'finished' if found else 'unknown'}; open a cell")
-        owner = self._opened.get(result_id)
-        if owner is not None and owner != found.run_id:
+        opener = self._opened.get(result_id)
+        if opener is not None and opener != found.run_id:
             raise RunError(f"run {found.run_id} has taken over result {result_id}; start again when it is done")
         if found.run_status != "running":
             raise _ended(found.run_id, found.run_status, found.error)

@@ -1,0 +1,143 @@
+"""Evaluations that are killed at random moments: what they commit, and that the same command ends as if undisturbed."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import sqlite3
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from commands import DENSE, MOE
+
+from moebench.attacks._engine import Engine
+from moebench.cli import main
+from moebench.store import Store
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs fork and SIGKILL")
+
+WORDS = (
+    "evaluate", "--n", "24", "--no-trust", "--view", "whole",
+    "--attack", "fgsm,pgd-20,apgd-t[steps=6],fab-t[steps=4],square[queries=60]",
+)  # fmt: skip
+SHORT = (
+    "evaluate",
+    "--n",
+    "16",
+    "--no-trust",
+    "--view",
+    "whole",
+    "--attack",
+    "pgd-10,apgd-ce[steps=8],square[queries=20]",
+)
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    place = tmp_path / "work"
+    place.mkdir()
+    monkeypatch.chdir(place)
+    monkeypatch.delenv("MOEBENCH_DB", raising=False)
+    # Every step commits what it decided, so that there are many moments between two commits.
+    monkeypatch.setitem(Engine.__init__.__kwdefaults__, "flush_seconds", 0.0)
+    return place
+
+
+def everything(path: str) -> dict[tuple[str, str], list[Any]]:
+    """Per cell all that must not depend on how often the work was interrupted.
+
+    Square's forward passes do: how many proposals it makes ahead, some in vain, depends on how many samples are left.
+    """
+    found = {}
+    with Store.open(path, write=False) as store:
+        assert store.check() == []
+        for one in store.results(newest_only=False):
+            out = store.outcomes(one.result_id)
+            facts: list[Any] = [
+                getattr(out, name).tolist() for name in ("broken", "clean_pred", "adv_pred", "distance")
+            ]
+            facts += [out.stage, out.backwards.tolist(), one.record.accuracy, one.record.losses]
+            if not one.cell.attack.startswith("square"):
+                facts += [out.forwards.tolist(), one.record.forwards]
+            cell = one.cell.attack, one.cell.view
+            assert cell not in found, "a cell was computed twice"
+            found[cell] = facts
+    return found
+
+
+def commits(path: Path) -> int:
+    if not path.exists():
+        return 0
+    connection = sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)
+    try:
+        return int(connection.execute("SELECT count(*) FROM chunk").fetchone()[0])
+    except sqlite3.OperationalError:  # the table is being made
+        return 0
+    finally:
+        connection.close()
+
+
+def in_a_child(words: Sequence[str]) -> int:
+    """Runs a command in a process that has everything imported already; returns its number."""
+    child = os.fork()
+    if child:
+        return child
+    try:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, 1)
+        os.dup2(null, 2)
+        os._exit(main(list(words)))
+    finally:
+        os._exit(99)
+
+
+def killed(words: Sequence[str], database: Path, wanted: int, seconds: float) -> bool:
+    """Kills a command `seconds` after its `wanted`-th commit; says whether it had not ended before."""
+    target = commits(database) + wanted
+    child = in_a_child(words)
+    while commits(database) < target:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            assert os.waitstatus_to_exitcode(status) == 0
+            return False
+        time.sleep(0.002)
+    time.sleep(seconds)
+    os.kill(child, signal.SIGKILL)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+
+def kill_and_compare(folder: Path, words: Sequence[str], kills: int, seed: int) -> None:
+    """Kills a command again and again, in as many databases as it takes, and compares each with an undisturbed one."""
+    chance = random.Random(seed)
+    assert main([*words, "--db", "undisturbed.db"]) == 0
+    expected = everything("undisturbed.db")
+    left, number = kills, 0
+    while left > 0:
+        number += 1
+        database = folder / f"r{number}.db"
+        command = [*words, "--db", database.name]
+        while left > 0 and killed(command, database, chance.randint(0, 4), chance.uniform(0, 0.05)):
+            left -= 1
+            if database.exists() and commits(database):
+                with Store.open(database, write=False) as store:
+                    assert store.check() == []
+        assert main(command) == 0
+        assert everything(database.name) == expected
+        with Store.open(database, write=False) as store:
+            assert {run.status for run in store.runs()} <= {"done", "failed"} and store.runs()[-1].status == "done"
+        assert not list(folder.glob("*-wal"))
+
+
+def test_killed_at_random_moments(folder: Path) -> None:
+    kill_and_compare(folder, (*SHORT, "--model", DENSE), kills=5, seed=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", [DENSE, MOE])
+def test_killed_at_25_random_moments(folder: Path, model: str) -> None:
+    kill_and_compare(folder, (*WORDS, "--model", model), kills=25, seed=1)
