@@ -87,7 +87,7 @@ def test_a_run_that_was_killed_between_two_cells_is_said_to_have_failed(
             store.begin_run(make_run_start(name, fingerprint=fingerprint, environment=environment))
         store.begin_run(make_run_start("run-2", fingerprint="cells"))
         assert [store.run(name).status for name in ("run-dead", "run-other", "run-2")] == ["failed"] + 2 * ["running"]
-        assert "run run-2 went on with its work" in (store.run("run-dead").error or "")
+        assert "run run-2 began anew" in (store.run("run-dead").error or "")
 
 
 FULL = """
