@@ -25,10 +25,11 @@ from moebench.attacks import AttackPlan, load_attack
 from moebench.attacks._training import TrainedAttack
 from moebench.attacks._views import default_views
 from moebench.cells import most_passes
+from moebench.datasets import load_dataset
 from moebench.errors import MoebenchError, UsageError
 from moebench.models._vit import VisionTransformer
 from moebench.models.v_moe import TokenMoE, v_moe
-from moebench.schema import SUITE_VERSION, SUITES, StoredResult
+from moebench.schema import SUITE_VERSION, SUITES, WHOLE_ONLY, StoredResult
 from moebench.store import Store
 
 PEAKS: Mapping[str, tuple[float, str]] = {
@@ -140,7 +141,7 @@ def passes(size: str, side: int, classes: int, suite: str, stored: Sequence[Stor
     lines = []
     for name in SUITES[suite]:
         plan = load_attack(name).fitted(model)
-        for view in plan.views or default_views(model):
+        for view in plan.views or (("whole",) if name in WHOLE_ONLY else default_views(model)):
             weight = factor.get(view, 1.0)
             shares = _shares(plan, view, stored)
             most = about = 0.0
@@ -192,14 +193,18 @@ def _stages(result: StoredResult) -> list[str]:
 
 
 def robust_results(where: str | Path | None) -> list[StoredResult]:
-    """The stored results of adversarially trained models on at least 100 samples; none without a database.
+    """Stored results of adversarially trained models on 100 digits or more, at the usual radius.
 
     Raises:
         UsageError: the database cannot be read.
     """
     with Store.open(where, write=False) as store:
         found = store.results(dataset="digits")
-    return [one for one in found if one.model.training not in (None, "standard") and one.record.n >= 100]
+    if not found:
+        return []
+    usual = load_dataset("digits", n=1).default_threat("Linf")
+    found = [one for one in found if one.protocol.threat == usual and one.record.n >= 100]
+    return [one for one in found if one.model.training not in (None, "standard")]
 
 
 def hours(passes_per_image: float, images: int, flops: Flops, peak: float, utilisation: float) -> float:

@@ -36,6 +36,9 @@ SUITES: Mapping[str, tuple[str, ...]] = {
 }
 """Suite version -> the attacks that a complete row has, as far as they apply. A published suite never changes."""
 
+WHOLE_ONLY = frozenset({"universal-pgd"})
+"""Attacks that a suite runs on the whole model alone: making one perturbation for all images takes minutes per view."""
+
 WARM_START = "warm-start"
 """Stage and parameter of a cell that takes over the adversarial images of a smaller radius."""
 

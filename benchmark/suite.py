@@ -27,11 +27,8 @@ from moebench.evaluation import (
 )
 from moebench.models import MODELS
 from moebench.models._weights import shipped_weights
-from moebench.schema import SUITES
+from moebench.schema import SUITES, WHOLE_ONLY
 from moebench.summary import Summary
-
-WHOLE_ONLY = frozenset({"universal-pgd"})
-"""Attacks that a suite runs on the whole model alone: making one perturbation for all images takes minutes per view."""
 
 Command = Callable[[EvalSpec], str]
 """From what is evaluated to the command that repeats it."""
