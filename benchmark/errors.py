@@ -25,6 +25,19 @@ class RunError(MoebenchError):
     exit_code = 1
 
 
+class InWorkError(RunError):
+    """Another process is at work on what was asked for.
+
+    Attributes:
+        run_id: its run.
+        host: the machine that it runs on.
+    """
+
+    def __init__(self, run_id: str, host: str) -> None:
+        super().__init__(f"run {run_id} on {host} is at work on the same; wait, or end it with `moebench runs cancel`")
+        self.run_id, self.host = run_id, host
+
+
 def first_line(error: BaseException) -> str:
     """The error of a library in one line, for use inside a message of ours."""
     text = str(error).strip().splitlines()

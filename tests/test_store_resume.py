@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from builders import HOST, N, assert_same_chunk, make_cell, make_chunk, make_record, make_run_start
 
-from moebench.errors import RunError
+from moebench.errors import InWorkError, RunError
 from moebench.schema import RunStart
 from moebench.store import Store
 
@@ -63,19 +63,24 @@ def test_a_dead_process_is_succeeded(store: Store, dead_pid: int) -> None:
 def test_a_living_process_keeps_its_cell(store: Store, living_pid: int) -> None:
     store.begin_run(run_of("run-alive", living_pid))
     kept, _ = store.open_cell("run-alive", make_cell(), resume=False)
-    result_id, found = store.open_cell("run-1", make_cell(), resume=True)
+    with pytest.raises(InWorkError, match="run run-alive on .* is at work on the same"):
+        store.open_cell("run-1", make_cell(), resume=True)
+    result_id, found = store.open_cell("run-1", make_cell(), resume=False)
     assert result_id != kept and found == []
     assert store.run("run-alive").status == "running"
 
 
-def test_the_newest_abandoned_cell_is_taken_even_behind_a_busy_one(
+def test_the_newest_abandoned_cell_is_taken_unless_somebody_works_on_another(
     store: Store, dead_pid: int, living_pid: int
 ) -> None:
     store.begin_run(run_of("run-dead", dead_pid))
     store.begin_run(run_of("run-alive", living_pid))
+    store.open_cell("run-alive", make_cell(), resume=False)
     store.open_cell("run-dead", make_cell(), resume=False)
     newest_dead, _ = store.open_cell("run-dead", make_cell(), resume=False)
-    store.open_cell("run-alive", make_cell(), resume=False)
+    with pytest.raises(InWorkError):
+        store.open_cell("run-1", make_cell(), resume=True)
+    store.finish_run("run-alive", "failed", seconds=1.0, error="interrupted")
     assert store.open_cell("run-1", make_cell(), resume=True)[0] == newest_dead
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from sqlalchemy import Select, select, update
 from sqlalchemy.orm import Session, selectinload
 
-from moebench.errors import RunError, UsageError
+from moebench.errors import InWorkError, RunError, UsageError
 from moebench.schema import Chunk, IntArray, Json, ProtocolRecord, StoredResult
 from moebench.store import packing
 from moebench.store.orm import CheckpointRow, ChunkRow, ModelRow, ProtocolRow, ResultRow, RunResultRow, RunRow
@@ -82,21 +82,26 @@ def check_labels(protocol: ProtocolRecord, told: IntArray) -> None:
         )
 
 
-def abandoned(session: Session, run: RunRow, fingerprint: str) -> ResultRow | None:
-    """The newest unfinished result of a cell that nobody works on any more."""
+def unfinished(session: Session, run: RunRow, fingerprint: str) -> ResultRow | None:
+    """The newest unfinished result of a cell, for `run` to go on with; None if there is none.
+
+    Raises:
+        InWorkError: another process is at work on the cell.
+    """
     query = (
         select(ResultRow)
         .where(ResultRow.status == "running", ResultRow.fingerprint == fingerprint)
         .order_by(ResultRow.id.desc())
     )
+    rows = session.scalars(query).all()
     many_machines = session.get_bind().dialect.name != "sqlite"
-    for row in session.scalars(query):
+    for row in rows:
         owner = row.run
-        if owner.status != "running" or not is_busy(
+        if owner.status == "running" and is_busy(
             owner.environment, run.environment, row.touched_at, shared=many_machines
         ):
-            return row
-    return None
+            raise InWorkError(owner.run_id, str(owner.environment.get("host")))
+    return rows[0] if rows else None
 
 
 def close_gone(session: Session, run_id: str, fingerprint: str, environment: Json) -> None:

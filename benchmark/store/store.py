@@ -207,16 +207,17 @@ class Store:
         Args:
             run_id: the run that will work on it.
             cell: what will be computed.
-            resume: whether to take over the newest unfinished result of the same fingerprint whose process is gone.
+            resume: whether to take over the newest unfinished result of the same fingerprint.
 
         Returns: the result's id, and the chunks committed so far in the order of their commits.
 
         Raises:
+            InWorkError: the cell is to be resumed, and a living process is at work on it.
             RunError: the run is not running.
         """
         with self._database.writing() as session:
             run = self._running(session, run_id)
-            row = queries.abandoned(session, run, cell.fingerprint) if resume else None
+            row = queries.unfinished(session, run, cell.fingerprint) if resume else None
             if row is None:
                 values = {name: records.plain(getattr(cell, name)) for name in records.CELL_FIELDS}
                 row = ResultRow(run=run, status="running", started_at=queries.now(), touched_at=queries.now(), **values)
