@@ -26,7 +26,7 @@ from moebench.bill import Cost
 from moebench.cells import CellOutcome, CellWork, UnfinishedCell, most_passes, run_cell, searches
 from moebench.checks import clean_logits, expected_logits
 from moebench.datasets import Dataset, load_dataset
-from moebench.errors import MoebenchError, RunError, UsageError
+from moebench.errors import InWorkError, MoebenchError, RunError, UsageError
 from moebench.fitting import fit_budget, is_trained, load_training
 from moebench.flags import RANDOM_FORWARD
 from moebench.identity import cell_fingerprint, run_fingerprint
@@ -50,6 +50,7 @@ from moebench.store import Store
 from moebench.store.connect import MissingError
 from moebench.store.pictures import pictures_note
 from moebench.summary import Summary, summarise
+from moebench.turns import Turns
 from moebench.warm import WarmStarts
 
 if TYPE_CHECKING:
@@ -350,34 +351,38 @@ def run(prepared: Prepared, store: Store, listener: Listener | None, warm: WarmS
         prepared.dataset.labels,
     )
     unmark = interrupt.at_forced_end(lambda: _fail(store, run_id, KeyboardInterrupt(), time.perf_counter() - begin))
-    records: list[ResultRecord] = []
-    outcomes: list[CellOutcome] = []
+    records: dict[int, ResultRecord] = {}
+    outcomes: dict[int, CellOutcome] = {}
     unfinished: list[UnfinishedCell] = []
     reused = 0
+    turns = Turns(len(prepared.cells), lambda number, holder: _tell_of(holder, prepared, number, listener))
     try:
-        for number, (plan, cell) in enumerate(prepared.cells, start=1):
+        for number in turns:
+            plan, cell = prepared.cells[number]
             stored = None if spec.fresh else store.reusable(cell.fingerprint)
-            work = cell_work(prepared, plan, cell, number, listener)
+            work = cell_work(prepared, plan, cell, number + 1, listener)
             chain = None if is_protocol(cell.attack) else warm
             work = replace(work, images=work.images or chain is not None)
             if chain is not None:
                 work = chain.given(work)
             if stored is not None:
                 store.link_reused(run_id, stored.result_id)
-                records.append(stored.record)
+                records[number] = stored.record
                 reused += 1
                 if chain is not None:
                     chain.note_stored(work, store.outcomes(stored.result_id))
                 if spec.save_adv is not None:
-                    outcomes.append(run_cell(work, None, run_id, resume=False)[1])
+                    outcomes[number] = run_cell(work, None, run_id, resume=False)[1]
                 continue
             try:
                 record, outcome = run_cell(work, store, run_id, resume=not spec.fresh and spec.save_adv is None)
+            except InWorkError as holder:
+                turns.put_off(number, holder)
+                continue
             except UnfinishedCell as gap:
                 unfinished.append(gap)
                 continue
-            records.append(record)
-            outcomes.append(outcome)
+            records[number], outcomes[number] = record, outcome
             if chain is not None:
                 chain.note(work, outcome)
         if unfinished:
@@ -385,10 +390,18 @@ def run(prepared: Prepared, store: Store, listener: Listener | None, warm: WarmS
                 f"{'; '.join(map(str, unfinished))}; all else is kept, and the same command tries them again"
             )
         if spec.save_adv is not None:
-            save_adversarial(spec.save_adv, prepared, outcomes)
+            save_adversarial(spec.save_adv, prepared, [outcomes[number] for number in sorted(outcomes)])
         probed = active_flags(prepared, store, run_fingerprint=identity, all_reused=reused == len(prepared.cells))
         seconds = time.perf_counter() - begin
-        summary = summarise(store, run_id, prepared, records, reused, seconds, (*prepared.findings, *probed))
+        summary = summarise(
+            store,
+            run_id,
+            prepared,
+            [records[number] for number in sorted(records)],
+            reused,
+            seconds,
+            (*prepared.findings, *probed),
+        )
         store.finish_run(run_id, "done", seconds=seconds, flags=summary.flags)
     except BaseException as error:
         _fail(store, run_id, error, time.perf_counter() - begin)
@@ -404,6 +417,13 @@ def _fail(store: Store, run_id: str, error: BaseException, seconds: float) -> No
     with ExitStack() as stack:
         stack.push(lambda kind, value, trace: isinstance(value, MoebenchError))
         store.finish_run(run_id, "failed", seconds=seconds, error=text.splitlines()[0])
+
+
+def _tell_of(holder: InWorkError, prepared: Prepared, number: int, listener: Listener | None) -> None:
+    """Says that the cell `number` is waited for."""
+    plan, cell = prepared.cells[number]
+    stage = f"waiting for run {holder.run_id} on {holder.host}"
+    cell_work(prepared, plan, cell, number + 1, listener).tell(stage, 0, len(prepared.samples), len(prepared.samples))
 
 
 def cell_work(prepared: Prepared, plan: AttackPlan, cell: CellSpec, number: int, listener: Listener | None) -> CellWork:

@@ -15,8 +15,10 @@ from typing import Any
 import pytest
 from commands import DENSE, MOE
 
+from moebench import turns
 from moebench.attacks._engine import Engine
 from moebench.cli import main
+from moebench.schema import Chunk
 from moebench.store import Store
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs fork and SIGKILL")
@@ -141,3 +143,42 @@ def test_killed_at_random_moments(folder: Path) -> None:
 @pytest.mark.parametrize("model", [DENSE, MOE])
 def test_killed_at_25_random_moments(folder: Path, model: str) -> None:
     kill_and_compare(folder, (*WORDS, "--model", model), kills=25, seed=1)
+
+
+@pytest.mark.parametrize("dies", [False, True])
+def test_a_second_command_beside_the_first_computes_nothing_twice(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, dies: bool
+) -> None:
+    """It takes what the first has not begun, waits for the rest, and goes on with it if the first dies."""
+    words = [*SHORT, "--model", DENSE]
+    assert main([*words, "--db", "undisturbed.db"]) == 0
+    append, really, ours, count, waited = Store.append_chunk, time.sleep, os.getpid(), 0, 0
+
+    def stop_after_two(store: Store, result_id: int, chunk: Chunk) -> None:
+        nonlocal count
+        append(store, result_id, chunk)
+        count += 1
+        if os.getpid() != ours and count == 2:
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+    def pause(seconds: float) -> None:
+        nonlocal waited
+        waited += 1
+        os.kill(child, signal.SIGKILL if dies else signal.SIGCONT)
+        if dies:
+            os.waitpid(child, 0)
+        really(0.05)
+
+    monkeypatch.setattr(Store, "append_chunk", stop_after_two)
+    child = in_a_child([*words, "--db", "r.db"])
+    assert os.WIFSTOPPED(os.waitpid(child, os.WUNTRACED)[1])
+    monkeypatch.setattr(turns.time, "sleep", pause)
+    assert main([*words, "--db", "r.db"]) == 0
+    if not dies:
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert everything("r.db") == everything("undisturbed.db")
+    assert waited == 1 if dies else waited > 0
+    with Store.open("r.db", write=False) as store:
+        runs = store.runs()
+    assert [run.status for run in runs] == ["failed" if dies else "done", "done"]
+    assert len(runs[1].results) == 3

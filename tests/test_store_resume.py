@@ -63,7 +63,7 @@ def test_a_dead_process_is_succeeded(store: Store, dead_pid: int) -> None:
 def test_a_living_process_keeps_its_cell(store: Store, living_pid: int) -> None:
     store.begin_run(run_of("run-alive", living_pid))
     kept, _ = store.open_cell("run-alive", make_cell(), resume=False)
-    with pytest.raises(InWorkError, match="run run-alive on .* is at work on the same"):
+    with pytest.raises(InWorkError, match=r"run run-alive on .* is at work on the same"):
         store.open_cell("run-1", make_cell(), resume=True)
     result_id, found = store.open_cell("run-1", make_cell(), resume=False)
     assert result_id != kept and found == []
