@@ -29,9 +29,10 @@ from moebench.attacks._views import make_view
 from moebench.datasets import load_dataset
 from moebench.errors import MoebenchError
 from moebench.estimate import planned_with_costs
-from moebench.evaluation import EvalSpec, evaluate, parse_attacks, prepare
+from moebench.evaluation import EvalSpec, evaluate, prepare
 from moebench.models import load_model
 from moebench.models.rt_er import ClassifierMoE
+from moebench.planning import parse_attacks
 from moebench.registry import model_registry
 from moebench.schema import ThreatModel, format_eps, parse_eps
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from moebench.attacks._passes import batches
 from moebench.cells import run_cell
 from moebench.errors import UsageError
-from moebench.evaluation import EvalSpec, Listener, Prepared, cell_work, parse_attacks, prepare
+from moebench.evaluation import EvalSpec, Listener, Prepared, cell_work, prepare
 from moebench.margins import (
     Forward,
     certifiable,
@@ -23,6 +23,7 @@ from moebench.margins import (
     rivals,
 )
 from moebench.models.rt_er import DualModel
+from moebench.planning import parse_attacks
 
 LEVELS = (5, 25, 50, 75, 95)
 """Percentiles that are shown of what is measured per image."""

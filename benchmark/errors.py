@@ -26,7 +26,7 @@ class RunError(MoebenchError):
 
 
 class InWorkError(RunError):
-    """Another process is at work on what was asked for.
+    """Another process is at work on what was asked for, or has just finished it.
 
     Attributes:
         run_id: its run.

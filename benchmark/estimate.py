@@ -29,7 +29,8 @@ from moebench.attacks._views import make_view
 from moebench.attacks.square import Square, SquareState
 from moebench.bill import Bill, Cost
 from moebench.cells import most_passes, searches, stage_name
-from moebench.evaluation import PlannedCell, Prepared, planned_cells, stored_results
+from moebench.dry_run import PlannedCell, planned_cells, stored_results
+from moebench.evaluation import Prepared
 from moebench.fitting import fit_budget
 from moebench.probes import CLIMBED, SAMPLES, STEPS
 from moebench.schema import CellSpec, StoredResult

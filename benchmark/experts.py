@@ -15,9 +15,10 @@ from torch import nn
 
 from moebench.attacks._passes import batches
 from moebench.errors import UsageError
-from moebench.evaluation import EvalSpec, Listener, Prepared, parse_attacks, prepare, run
+from moebench.evaluation import EvalSpec, Listener, Prepared, prepare, run
 from moebench.metrics import Measure, Paired, measure, paired, standing, worst_case
 from moebench.models._moe import moe_layers, route
+from moebench.planning import parse_attacks
 from moebench.schema import SUITE_VERSION, BoolArray, split_part
 from moebench.store import Store
 

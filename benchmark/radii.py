@@ -10,21 +10,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from moebench.bill import Bill, together
+from moebench.dry_run import PlannedCell, planned_cells
 from moebench.errors import UsageError
 from moebench.estimate import planned_with_costs
-from moebench.evaluation import (
-    EvalSpec,
-    Listener,
-    PlannedCell,
-    Prepared,
-    Progress,
-    parse_attacks,
-    plan_cells,
-    planned_cells,
-    prepare,
-    prepare_cluster,
-    run,
-)
+from moebench.evaluation import EvalSpec, Listener, Prepared, Progress, prepare, prepare_cluster, run
+from moebench.planning import parse_attacks, plan_cells
 from moebench.schema import SUITE_VERSION, WARM_START, CellSpec, ResultRecord, ThreatModel, format_eps, is_protocol
 from moebench.store import Store
 from moebench.summary import Summary

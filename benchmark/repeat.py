@@ -16,7 +16,8 @@ import torch
 
 from moebench.attacks._base import AttackPlan
 from moebench.attacks._library import LibraryAttack
-from moebench.cells import CellOutcome, run_cell
+from moebench.booking import CellOutcome
+from moebench.cells import run_cell
 from moebench.errors import UsageError
 from moebench.evaluation import EvalSpec, Listener, Prepared, cell_work
 from moebench.identity import CODE

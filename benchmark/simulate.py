@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from moebench.attacks import load_attack
 from moebench.attacks._base import Attack
 from moebench.attacks._engine import Samples
-from moebench.cells import CellWork, Cluster, Decided, Undecided, run_cell
+from moebench.cells import run_cell
 from moebench.cluster.loop import Drive, Policy
 from moebench.errors import MoebenchError
 from moebench.provenance import environment
@@ -39,6 +39,7 @@ from moebench.schema import (
     ThreatModel,
 )
 from moebench.store import Store
+from moebench.work import CellWork, Cluster, Decided, Undecided
 
 ATTACK, EPS, CLASSES, EXPERTS = "pgd-10", 0.1, 10, 8
 
@@ -126,7 +127,7 @@ class Here:
         index: Tensor,
         keep: Callable[[Sequence[Decided]], None],
     ) -> list[Undecided]:
-        """See `moebench.cells.Cluster.search`."""
+        """See `moebench.work.Cluster.search`."""
         workers = _AtOnce(stage.stage, self.size)
         assert Drive(list(index.split(self.size.samples)), workers, keep, self.policy).run() == []  # type: ignore[no-untyped-call]
         return []

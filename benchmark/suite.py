@@ -12,21 +12,13 @@ from typing import Any
 
 from moebench.attacks._base import AttackPlan
 from moebench.bill import Bill
+from moebench.dry_run import PlannedCell, planned_cells
 from moebench.errors import MoebenchError, UsageError
 from moebench.estimate import planned_with_costs
-from moebench.evaluation import (
-    EvalSpec,
-    Listener,
-    PlannedCell,
-    Prepared,
-    applies,
-    evaluate,
-    parse_attacks,
-    planned_cells,
-    prepare,
-)
+from moebench.evaluation import EvalSpec, Listener, Prepared, evaluate, prepare
 from moebench.models import MODELS
 from moebench.models._weights import shipped_weights
+from moebench.planning import applies, parse_attacks
 from moebench.schema import SUITES, WHOLE_ONLY
 from moebench.summary import Summary
 

@@ -28,9 +28,10 @@ from moebench.attacks._search import SearchCopy
 from moebench.attacks._views import make_view
 from moebench.attacks.fab import FAB
 from moebench.errors import UsageError
-from moebench.evaluation import EvalSpec, Listener, Prepared, Progress, fit_plan, plan_cells, prepare, run
+from moebench.evaluation import EvalSpec, Listener, Prepared, Progress, prepare, run
 from moebench.example_cache import keep_examples, read_examples
 from moebench.metrics import wilson
+from moebench.planning import fit_plan, plan_cells
 from moebench.schema import PROTOCOL_VERSION, SUITE_VERSION, BoolArray, Norm, ResultRecord, is_protocol
 from moebench.store import Store
 from moebench.summary import Summary

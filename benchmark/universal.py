@@ -22,19 +22,12 @@ from moebench.delta_file import (
     write_delta,
 )
 from moebench.delta_picture import Example, check_channels, write_picture
+from moebench.dry_run import stored_fingerprints
 from moebench.errors import UsageError
-from moebench.evaluation import (
-    EvalSpec,
-    Listener,
-    Prepared,
-    cell_work,
-    check_writable,
-    prepare,
-    run_prepared,
-    stored_fingerprints,
-)
+from moebench.evaluation import EvalSpec, Listener, Prepared, cell_work, prepare, run_prepared
 from moebench.fitting import CRAFTING, fit_stage
 from moebench.metrics import wilson
+from moebench.saving import check_writable
 from moebench.schema import ResultRecord
 from moebench.summary import Summary
 

@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 
 from moebench.attacks._engine import Samples
-from moebench.cells import CellOutcome, CellWork, Tell, run_cell
+from moebench.booking import CellOutcome
+from moebench.cells import run_cell
 from moebench.identity import warm_fingerprint
 from moebench.schema import WARM_START, CellSpec, Outcomes
+from moebench.work import CellWork, Tell
 
 
 def warm_started(cell: CellSpec, smaller: CellSpec, eps: float) -> CellSpec:

@@ -35,9 +35,11 @@ from moebench.attacks import AttackPlan, list_attacks, load_attack
 from moebench.attacks._engine import Samples
 from moebench.attacks._views import make_view
 from moebench.attacks.joint import Joint
+from moebench.dry_run import plan_only
 from moebench.errors import UsageError
-from moebench.evaluation import EvalSpec, parse_attacks, plan_only, prepare
+from moebench.evaluation import EvalSpec, prepare
 from moebench.models._moe import MoELayer, split_forward
+from moebench.planning import parse_attacks
 from moebench.registry import attack_registry
 from moebench.schema import NORMS, Norm, ThreatModel
 from moebench.threat import distances

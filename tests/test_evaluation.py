@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from moebench.dry_run import plan_only
 from moebench.errors import UsageError
-from moebench.evaluation import EvalSpec, Progress, evaluate, plan_only
+from moebench.evaluation import EvalSpec, Progress, evaluate
 from moebench.models._base import MODELS
 from moebench.models._weights import SHIPPED, save_weights
 from moebench.schema import ThreatModel

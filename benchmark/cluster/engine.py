@@ -20,13 +20,13 @@ from torch import Tensor, nn
 from moebench.attacks._base import Attack
 from moebench.attacks._library import LibraryAttack
 from moebench.attacks._passes import batches
-from moebench.cells import CellWork, Decided, Undecided
 from moebench.cluster import worker
 from moebench.cluster.connection import connected, exceptions, fitting_tasks, ray
 from moebench.cluster.loop import Drive, LostError, Policy, ShardError
 from moebench.cluster.settings import ClusterSettings
 from moebench.cluster.shipping import pack
 from moebench.errors import RunError, UsageError, first_line
+from moebench.work import CellWork, Decided, Undecided
 
 SHARDS_PER_WORKER = 4
 """How many shards a worker gets of a stage where the user does not say: enough that all end at about the same time."""
@@ -61,7 +61,7 @@ def _nothing_fits(cpus: float, gpus: float) -> str:
 
 
 class RayEngine:
-    """Searches shards on the workers of a connected cluster; see `moebench.cells.Cluster`.
+    """Searches shards on the workers of a connected cluster; see `moebench.work.Cluster`.
 
     Args:
         settings: what a task takes, and the size of shards.
@@ -123,7 +123,7 @@ class RayEngine:
         index: Tensor,
         keep: Callable[[Sequence[Decided]], None],
     ) -> list[Undecided]:
-        """Runs `search_samples` on shards of the samples `index`; see `moebench.cells.Cluster.search`."""
+        """Runs `search_samples` on shards of the samples `index`; see `moebench.work.Cluster.search`."""
         self.send(work.model, work.search)
         assert self._sent is not None
         # Several tasks share a GPU, and its memory with them. What a library makes of a batch hangs on the batch.

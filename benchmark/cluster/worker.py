@@ -16,11 +16,12 @@ from moebench.attacks._base import Attack, AttackPlan
 from moebench.attacks._engine import Samples
 from moebench.attacks._memory import keep_freed_memory
 from moebench.attacks._random import sample_keys
-from moebench.cells import CellWork, search_samples
+from moebench.cells import search_samples
 from moebench.cluster.connection import ray
 from moebench.cluster.shipping import Parcel, unpack
 from moebench.errors import RunError, first_line
 from moebench.schema import CellSpec, Chunk, IntArray, ThreatModel
+from moebench.work import CellWork
 
 Result = TypeVar("Result")
 

@@ -13,7 +13,8 @@ from moebench.schema import ThreatModel, format_eps, is_protocol
 
 if TYPE_CHECKING:
     from moebench.bill import Bill
-    from moebench.evaluation import EvalSpec, PlannedCell
+    from moebench.dry_run import PlannedCell
+    from moebench.evaluation import EvalSpec
     from moebench.radii import Sweep
     from moebench.summary import Summary
 

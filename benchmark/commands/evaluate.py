@@ -206,7 +206,8 @@ def command_line(
 
 def _dry_run(spec: EvalSpec, as_json: bool, price: float | None) -> None:
     from moebench.estimate import planned_with_costs
-    from moebench.evaluation import parse_attacks, prepare
+    from moebench.evaluation import prepare
+    from moebench.planning import parse_attacks
 
     with users_code():
         planned, bill = planned_with_costs(prepare(spec, parse_attacks(spec.attacks)), price)

@@ -86,8 +86,11 @@ def unfinished(session: Session, run: RunRow, fingerprint: str) -> ResultRow | N
     """The newest unfinished result of a cell, for `run` to go on with; None if there is none.
 
     Raises:
-        InWorkError: another process is at work on the cell.
+        InWorkError: another process is at work on the cell, or has finished it.
     """
+    done = session.scalars(finished().where(ResultRow.fingerprint == fingerprint).limit(1)).first()
+    if done is not None:
+        raise InWorkError(done.run.run_id, str(done.run.environment.get("host")))
     query = (
         select(ResultRow)
         .where(ResultRow.status == "running", ResultRow.fingerprint == fingerprint)

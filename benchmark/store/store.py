@@ -212,7 +212,7 @@ class Store:
         Returns: the result's id, and the chunks committed so far in the order of their commits.
 
         Raises:
-            InWorkError: the cell is to be resumed, and a living process is at work on it.
+            InWorkError: the cell is to be resumed, and a living process is at work on it or has finished it.
             RunError: the run is not running.
         """
         with self._database.writing() as session:
