@@ -263,6 +263,8 @@ def run(prepared: Prepared, store: Store, listener: Listener | None, warm: WarmS
             raise RunError(
                 f"{'; '.join(map(str, unfinished))}; all else is kept, and the same command tries them again"
             )
+        if turns.changed:
+            store.order_results(run_id, [cell.fingerprint for _, cell in prepared.cells])
         if spec.save_adv is not None:
             save_adversarial(spec.save_adv, prepared, [outcomes[number] for number in sorted(outcomes)])
         probed = active_flags(prepared, store, run_fingerprint=identity, all_reused=reused == len(prepared.cells))

@@ -27,6 +27,8 @@ class Turns:
         self._waiting = waiting
         self._left = deque(range(count))
         self._held: dict[int, InWorkError] = {}
+        self.changed = False
+        """Whether cells came in another order than their own."""
 
     def __iter__(self) -> Iterator[int]:
         while self._left:
@@ -39,5 +41,6 @@ class Turns:
 
     def put_off(self, number: int, holder: InWorkError) -> None:
         """Another process works on the cell; it comes again."""
+        self.changed = True
         self._held[number] = holder
         self._left.append(number)

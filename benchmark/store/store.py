@@ -126,6 +126,21 @@ class Store:
             if labels is not None:
                 queries.keep_labels(session, start.protocol, labels)
 
+    def order_results(self, run_id: str, fingerprints: Sequence[str]) -> None:
+        """Puts the results that a run shows into the order of its cells, where they came in another.
+
+        Raises:
+            RunError: the run is not running.
+        """
+        with self._database.writing() as session:
+            run = self._running(session, run_id)
+            shown = sorted(run.links, key=lambda link: fingerprints.index(link.result.fingerprint))
+            facts = [(link.result, link.reused) for link in shown]
+            for link in shown:
+                session.delete(link)
+            session.flush()
+            session.add_all(RunResultRow(run=run, result=result, reused=reused) for result, reused in facts)
+
     def finish_run(
         self,
         run_id: str,
