@@ -7,12 +7,13 @@ pre-trained on clean images and led there in steps they do not. (V-MoE's authors
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
 from moebench.models._base import Adversary, Phase, PhaseLoss, Recipe
-from moebench.models._objectives import cross_entropy_adversary, fast_adversary
+from moebench.models._objectives import cross_entropy_adversary, fast_adversary, standard_loss, trades_loss
 
 Attack = Callable[[Any, Tensor, Tensor, Adversary, Any], Tensor]
 """From (model, images, labels, adversary, recipe) to the images that the radius of the last step allows."""
@@ -39,10 +40,19 @@ def from_clean_to_adversarial(loss: PhaseLoss, attack: str = "pgd") -> tuple[Pha
         loss: on the images that it is given.
         attack: which of `ATTACKS` makes x_adv.
     """
-    begin, phases = PRE_TRAINING, [Phase(loss, span=(0.0, PRE_TRAINING))]
+    return _by_steps(loss, lambda share: _at_share(loss, share, ATTACKS[attack]))
+
+
+def from_clean_to_trades() -> tuple[Phase, ...]:
+    """Phases with the loss on clean images, then TRADES on x + s · (x_adv - x) for a share s that grows to 1."""
+    return _by_steps(standard_loss, lambda share: partial(trades_loss, share=share))
+
+
+def _by_steps(clean: PhaseLoss, at_share: Callable[[float], PhaseLoss]) -> tuple[Phase, ...]:
+    begin, phases = PRE_TRAINING, [Phase(clean, span=(0.0, PRE_TRAINING))]
     for share, epochs in STEPS:
         end = round(begin + epochs, 6)
-        phases.append(Phase(_at_share(loss, share, ATTACKS[attack]), span=(begin, end)))
+        phases.append(Phase(at_share(share), span=(begin, end)))
         begin = end
     return tuple(phases)
 

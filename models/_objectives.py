@@ -83,12 +83,18 @@ def adversarial_loss(model: nn.Module, x: Tensor, y: Tensor, adversary: Adversar
     training="trades",
     defaults={"select": "robust", "beta": 6.0},
 )
-def trades_loss(model: nn.Module, x: Tensor, y: Tensor, adversary: Adversary, recipe: Recipe) -> Tensor:
-    """CE(f(x), y) + beta KL(p(x) || p(x')), x' chosen to raise the divergence (Zhang et al., 2019)."""
+def trades_loss(
+    model: nn.Module, x: Tensor, y: Tensor, adversary: Adversary, recipe: Recipe, share: float = 1.0
+) -> Tensor:
+    """CE(f(x), y) + beta KL(p(x) || p(x')), x' chosen to raise the divergence (Zhang et al., 2019).
+
+    With a `share` s below 1, x' is only that part of the way from x.
+    """
     # The attack is computed in float32, and so is what it moves away from.
     with torch.no_grad(), evaluating(model), torch.autocast(x.device.type, enabled=False):
         reference = model(x)
     x_adv = adversary(model, x, lambda logits: kl_divergence(reference, logits))
+    x_adv = x_adv if share == 1 else x + share * (x_adv - x)
     clean, adv = model(torch.cat((x, x_adv))).chunk(2)
     return F.cross_entropy(clean, y) + recipe.beta * kl_divergence(clean, adv).mean()
 

@@ -10,7 +10,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck  # type: ignore[imp
 
 from moebench.errors import UsageError
 from moebench.models._base import NormalizedClassifier, Recipe, Shape, register_model
-from moebench.models._curriculum import from_clean_to_adversarial
+from moebench.models._curriculum import from_clean_to_adversarial, from_clean_to_trades
 from moebench.models._objectives import ADVERSARIAL, FAST, STANDARD, TRADES, standard_loss
 from moebench.models._training_papers import MADRY_2018, WONG_2020, ZHANG_2019
 from moebench.models.resnet import HE_2016
@@ -176,13 +176,13 @@ class DeepResNet(nn.Module):
 )
 @register_model(
     "resnet50-trades",
-    summary="one ResNet-50 (narrow on small images), TRADES with weight 6",
+    summary="one ResNet-50 (narrow on small images), TRADES with weight 6, eps grown by steps",
     family="dense",
     training="trades",
     paper=ZHANG_2019,
     settings={"depth": 50},
     recipe=Recipe(epochs=90, beta=6.0),
-    objective=TRADES,
+    objective=from_clean_to_trades(),
 )
 @register_model(
     "resnet50-fast-at",
