@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from moebench.models._balancing import balanced, switch_loss
 from moebench.models._base import Adversary, Phase, Recipe
+from moebench.models._curriculum import from_clean_to_trades
 from moebench.models._objectives import (
     adversarial_loss,
     cross_entropy_adversary,
@@ -118,6 +119,20 @@ def test_trades_is_its_formula() -> None:
     loss = adversary.losses[0](logits)
     torch.testing.assert_close(loss, kl_divergence(clean, logits))
     assert not loss.requires_grad
+
+
+def test_trades_by_steps_goes_part_of_the_way() -> None:
+    model, x, y = Flat(64, 10), images(6), labels(6)
+    phases = from_clean_to_trades()
+    assert phases[0].span[0] == 0.0 and phases[-1].span[1] == 1.0
+    assert [one.span[1] for one in phases[:-1]] == [one.span[0] for one in phases[1:]]
+    recipe = replace(RECIPE, beta=2.5)
+    torch.testing.assert_close(phases[0].loss(model, x, y, Shift(0.1), recipe), F.cross_entropy(model(x), y))
+    for phase, share in zip(phases[1:], (0.25, 0.5, 0.75, 1.0), strict=True):
+        clean, adv = model(x), model(x + share * ((x + 0.1).clamp(0, 1) - x))
+        divergence = F.kl_div(adv.log_softmax(1), clean.softmax(1), reduction="batchmean")
+        found = phase.loss(model, x, y, Shift(0.1), recipe)
+        torch.testing.assert_close(found, F.cross_entropy(clean, y) + 2.5 * divergence)
 
 
 # --- RT-ER
