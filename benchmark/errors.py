@@ -25,6 +25,10 @@ class RunError(MoebenchError):
     exit_code = 1
 
 
+class GoneError(RunError):
+    """What all work needs is gone, such as the database: what is left to do would fail the same way."""
+
+
 def first_line(error: BaseException) -> str:
     """The error of a library in one line, for use inside a message of ours."""
     text = str(error).strip().splitlines()
