@@ -26,7 +26,7 @@ class RunError(MoebenchError):
 
 
 class GoneError(RunError):
-    """What all work needs is gone, such as the database: what is left to do would fail the same way."""
+    """The database or the cluster is gone, or the run was cancelled: what is left to do must not be tried either."""
 
 
 def first_line(error: BaseException) -> str:

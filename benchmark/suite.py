@@ -179,7 +179,7 @@ def run_suite(planned: Planned, command: Command, watcher: Watcher | None = None
 
     Raises:
         UsageError: the database cannot be written.
-        GoneError: the database or the cluster is gone.
+        GoneError: the database or the cluster is gone, or a run was cancelled.
     """
     watcher = Watcher() if watcher is None else watcher
     todo = [plan for plan in planned.plans if plan.missing]

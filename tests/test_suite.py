@@ -111,6 +111,22 @@ def test_a_database_that_cannot_be_written_is_said_once(moebench_: Terminal, mon
     assert said.err == "moebench: 'results.db' could not be written; is the disk full?\n"
 
 
+def test_a_cancelled_run_ends_the_sweep(moebench_: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Store.append_chunk
+
+    def cancelling(self: Store, result_id: int, chunk: Any) -> None:
+        self.cancel_runs([self.runs()[-1].run_id])
+        real(self, result_id, chunk)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "append_chunk", cancelling)
+        said = moebench_("sweep", *QUICK)
+    assert (said.code, said.out, said.err.count("\n")) == (1, "", 1)
+    assert "was cancelled; what was finished is kept, and the same command goes on" in said.err
+    with Store.open("results.db", write=False) as store:
+        assert [(run.status, run.error) for run in store.runs()] == [("failed", "cancelled")]
+
+
 def test_an_interruption_ends_the_sweep(moebench_: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: Any, **__: Any) -> Any:
         raise KeyboardInterrupt
