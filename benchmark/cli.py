@@ -61,6 +61,10 @@ for command in (
     cli.add_command(command)
 
 
+GOING_ON = ("evaluate", "sweep", "transfer", "ablation", "experts", "universal", "train")
+"""The commands whose work is committed on the way, so that the same command goes on; of others nothing is kept."""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit code: 0 done, 1 the run failed, 2 bad usage."""
     words = list(sys.argv[1:] if arguments is None else arguments)
@@ -99,7 +103,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _how_to_go_on(words: Sequence[str]) -> str:
     """What to say of a command that was interrupted. The password of a database is not shown."""
-    command = shlex.join(["moebench", *map(_without_password, words)])
+    name = next((word for word in words if not word.startswith("-")), "")
+    goes_on = name in GOING_ON and "--dry-run" not in words
+    again = [_without_password(word) for word in words if not (goes_on and word == "--fresh")]
+    command = shlex.join(["moebench", *again])
+    if not goes_on:
+        return f"interrupted; the same command begins anew: {command}"
+    if "--fresh" in words:
+        return f"interrupted; what was finished is kept, and the same command without --fresh goes on: {command}"
     return f"interrupted; what was finished is kept, and the same command goes on from there: {command}"
 
 

@@ -38,6 +38,10 @@ class InWorkError(RunError):
         self.run_id, self.host = run_id, host
 
 
+class GoneError(RunError):
+    """The database or the cluster is gone, or the run was cancelled: what is left to do must not be tried either."""
+
+
 def first_line(error: BaseException) -> str:
     """The error of a library in one line, for use inside a message of ours."""
     text = str(error).strip().splitlines()

@@ -13,13 +13,14 @@ from typing import Any
 from moebench.attacks._base import AttackPlan
 from moebench.bill import Bill
 from moebench.dry_run import PlannedCell, planned_cells
-from moebench.errors import MoebenchError, UsageError
+from moebench.errors import GoneError, MoebenchError, UsageError
 from moebench.estimate import planned_with_costs
 from moebench.evaluation import EvalSpec, Listener, Prepared, evaluate, prepare
 from moebench.models import MODELS
 from moebench.models._weights import shipped_weights
 from moebench.planning import applies, parse_attacks
 from moebench.schema import SUITES, WHOLE_ONLY
+from moebench.store import Store
 from moebench.summary import Summary
 
 Command = Callable[[EvalSpec], str]
@@ -174,12 +175,20 @@ def _plans(spec: EvalSpec, attacks: Sequence[AttackPlan]) -> list[tuple[ModelPla
 
 
 def run_suite(planned: Planned, command: Command, watcher: Watcher | None = None) -> Swept:
-    """Evaluates what is missing, model by model; errors are collected, an interruption is passed on."""
+    """Evaluates what is missing, model by model; errors are collected, an interruption is passed on.
+
+    Raises:
+        UsageError: the database cannot be written.
+        GoneError: the database or the cluster is gone, or a run was cancelled.
+    """
     watcher = Watcher() if watcher is None else watcher
+    todo = [plan for plan in planned.plans if plan.missing]
+    if todo:
+        # What is wrong with the database is wrong with the command, not with each of its cells.
+        Store.open(todo[0].spec.db, write=True).close()
     failures = list(planned.failures)
     for failure in failures:
         watcher.failed(failure)
-    todo = [plan for plan in planned.plans if plan.missing]
     summaries, done, begin = [], 0.0, time.perf_counter()
     total = sum(plan.work for plan in todo)
     for number, plan in enumerate(todo, start=1):
@@ -203,6 +212,8 @@ def _run(spec: EvalSpec, command: Command, listener: Listener | None) -> tuple[S
         spec = replace(spec, command=command(spec))
         try:
             return evaluate(spec, listener), failures
+        except GoneError:
+            raise
         except Exception as error:
             # Any error: the next model may well work.
             text = str(error) if isinstance(error, MoebenchError) else f"{type(error).__name__}: {error}"

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -16,8 +16,12 @@ import torch
 from commands import MOE, Terminal
 
 from moebench.cluster import connection
+from moebench.cluster.hello import refuse_silence
 from moebench.cluster.settings import ClusterSettings
 from moebench.errors import RunError, UsageError
+
+SETTINGS = bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
+"""The first frame of every HTTP/2 server."""
 
 WORDS = ("evaluate", "--model", MOE, "--attack", "fgsm", "--n", 5)
 
@@ -41,6 +45,7 @@ def moebench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
         (("--engine", "ray", "--cpus-per-task", "0"), "--cpus-per-task takes a part of one, such as 0.5"),
         (("--engine", "ray", "--cpus-per-task", "1.5"), "or a whole number, got 1.5"),
         (("--engine", "ray", "--cpus-per-task", "nan"), "got nan"),
+        (("--engine", "ray", "--cpus-per-task", "inf"), "got inf"),
         (("--engine", "ray", "--gpus-per-task", "-1"), "or a whole number or 0, got -1"),
         (("--engine", "ray", "--gpus-per-task", "0.5"), "add --device cuda"),
         (("--engine", "ray", "--gpus-per-task", "0", "--device", "cuda"), "--device cuda needs GPUs"),
@@ -100,10 +105,31 @@ def test_a_cluster_that_does_not_answer(moebench: Terminal, monkeypatch: pytest.
         assert "(timed out)" in moebench.refuses(*WORDS, "--engine", "ray", "--address", f"127.0.0.1:{port}")
     with listening(b"HTTP/1.1 400 Bad Request\r\n\r\n") as port:
         assert "is no Ray cluster" in moebench.refuses(*WORDS, "--engine", "ray", "--address", f"127.0.0.1:{port}")
+    with listening(SETTINGS) as port:  # speaks HTTP/2 and then says nothing, for which Ray itself waits for ever
+        assert "(timed out)" in moebench.refuses(*WORDS, "--engine", "ray", "--address", f"127.0.0.1:{port}")
     line = moebench.refuses(*WORDS, "--engine", "ray", "--address", "no-such-host.invalid:6379")
     assert "no Ray cluster answers at no-such-host.invalid:6379" in line
     monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{port}")
     assert f"answers at 127.0.0.1:{port}" in moebench.refuses(*WORDS, "--engine", "ray")
+
+
+@pytest.mark.parametrize(
+    ("status", "message", "known"),
+    [
+        (b"\x88", b"\x0bgrpc-status\x0212", False),  # gRPC without such a call
+        (b"\x88", b"\x0bgrpc-status\x0216", True),  # a cluster that wants a token
+        (b"\x88", b"", True),
+        (b"\x8d", b"", False),  # a web server's 404
+    ],
+)
+def test_who_speaks_the_language_of_a_cluster(status: bytes, message: bytes, known: bool) -> None:
+    fields = status + b"@\x0ccontent-type\x10application/grpc" + (b"\0" + message if message else b"")
+    headers = len(fields).to_bytes(3, "big") + bytes((1, 4, 0, 0, 0, 1)) + fields
+    with (
+        listening(SETTINGS + headers) as port,
+        nullcontext() if known else pytest.raises(UsageError, match="is no Ray"),
+    ):
+        refuse_silence(f"127.0.0.1:{port}", 5.0)
 
 
 def test_gpus_of_a_task() -> None:

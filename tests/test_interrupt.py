@@ -14,7 +14,7 @@ import pytest
 from commands import DENSE
 
 from moebench import interrupt
-from moebench.cli import _without_password, main
+from moebench.cli import _how_to_go_on, _without_password, main
 from moebench.store import Store
 
 POSIX = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
@@ -209,3 +209,21 @@ def test_a_signal_that_no_safe_point_saw_is_raised_at_the_end_of_the_work() -> N
 )
 def test_no_password_is_shown(word: str, shown: str) -> None:
     assert _without_password(word) == shown
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("evaluate --model x", "the same command goes on from there: moebench evaluate --model x"),
+        ("--debug train --model x", "the same command goes on from there: moebench --debug train --model x"),
+        ("evaluate --fresh --model x", "the same command without --fresh goes on: moebench evaluate --model x"),
+        ("sweep --dry-run --db postgresql://me:pw@h", "anew: moebench sweep --dry-run --db 'postgresql://me:***@h'"),
+        ("report --out r", "the same command begins anew: moebench report --out r"),
+        ("certify --model x", "the same command begins anew: moebench certify --model x"),
+        ("verify 1a2b", "the same command begins anew: moebench verify 1a2b"),
+    ],
+)
+def test_only_what_is_kept_is_said_to_be(words: str, said: str) -> None:
+    line = _how_to_go_on(words.split())
+    assert line.startswith("interrupted; ") and line.endswith(said)
+    assert ("is kept" in line) == ("goes on" in line)

@@ -89,12 +89,26 @@ def test_where_the_database_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         ("sqlite://", "names a file and nothing else, such as sqlite:///results.db"),
         ("mysql://root:secret@host/db", "unknown kind of database 'mysql'; name a file, sqlite:///FILE or postgresql"),
         ("postgresql+psycopg://me:secret@host:port/db", r"cannot read the postgresql\+psycopg:// address"),
+        ("postgresql://me:pass@secret@host/db", "with %40 for each @ in the password"),
+        ("postgresql://me:pa@se/cr@secret/db", "with %40 for each @ in the password"),
+        ("postgresql:/me:secret@host/db", "reads like the address of a server, but is none"),
+        ("postgresql:me:secret@host/db", "reads like the address of a server, but is none"),
+        ("me:secret@host", "reads like the address of a server, but is none"),
+        ("r\0.db", "cannot name a file"),
+        ("x" * 300, "cannot name a file .*too long"),
+        ("/dev/null", "is no ordinary file"),
     ],
 )
 def test_addresses_that_name_nothing(where: str, message: str) -> None:
     with pytest.raises(UsageError, match=message) as caught:
         Store.open(where, write=True)
     assert "secret" not in str(caught.value)
+
+
+def test_a_file_whose_name_reads_like_an_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Store.open("sqlite:///a:b@c.db", write=True).close()
+    Store.open("a:b@c.db", write=False).close()
 
 
 def test_a_missing_driver_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pwd
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -38,7 +39,7 @@ from moebench.claims import load_claims
 from moebench.cli import main
 from moebench.errors import InWorkError, RunError, UsageError
 from moebench.schema import Chunk, Example, Flag
-from moebench.store import Store, connect, migrate, pictures
+from moebench.store import Store, address, connect, migrate, pictures
 from moebench.store.joining import Merged
 
 PASSWORD = "s3cret/pass word"
@@ -149,6 +150,8 @@ def test_no_password_in_any_message(url: str, server: Path) -> None:
         url.replace("/bench", "/nothing"): 'database "nothing" does not exist',
         url.replace(str(server), "/no/such/folder"): "cannot reach postgresql",
         url + "&password=wr0ng": "password authentication failed",
+        url + "&sslpassword=wr0ng&nonsense=1": 'invalid connection option "nonsense"',
+        url + "&sslmode=sometimes": "invalid sslmode value",
     }
     for where, message in wrong.items():
         with pytest.raises(UsageError, match=message) as caught:
@@ -179,8 +182,11 @@ def test_a_user_who_may_only_read(url: str, server: Path) -> None:
     reader = f"postgresql+psycopg://reader:wr0ng@/bench?host={server}"
     with Store.open(reader, write=False) as store:
         assert len(store.runs()) == 1
-    with pytest.raises(UsageError, match=r"cannot be written .*permission denied"):
+    with pytest.raises(UsageError, match=r"cannot be written \(permission denied for table \w+\); ask for the right"):
         Store.open(reader, write=True)
+    execute(server, "REVOKE SELECT ON ALL TABLES IN SCHEMA public FROM reader")
+    with pytest.raises(UsageError, match=r"cannot be read \(permission denied for table \w+\)"):
+        Store.open(reader, write=False)
     execute(server, "DROP OWNED BY reader")
 
 
@@ -294,6 +300,18 @@ def test_an_address_that_leads_nowhere_is_one_line(
         assert "s3cret" not in said.err and "wr0ng" not in said.err
     assert not list(tmp_path.iterdir())
     execute(server, "DROP OWNED BY nobody")
+
+
+def test_a_server_that_says_nothing_is_not_waited_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("psycopg", reason="no psycopg")
+    assert address.PATIENCE["connect_timeout"] <= 15
+    monkeypatch.setitem(address.PATIENCE, "connect_timeout", 2)  # the least that libpq takes
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        where = f"postgresql://me:s3cret@127.0.0.1:{silent.getsockname()[1]}/x"
+        with pytest.raises(UsageError, match=r"cannot reach postgresql\+psycopg://me@127.0.0.1.*timeout"):
+            Store.open(where, write=True)
+    own = address.Address.read("postgresql://me@host/x?connect_timeout=60")
+    assert "connect_timeout" not in own.patience() and "keepalives_idle" in own.patience()
 
 
 def test_a_driver_on_another_machine_keeps_its_cell_while_it_commits(url: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import sqlite3
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from commands import Terminal
 
 import moebench.evaluation
 import moebench.suite
+from moebench.errors import GoneError
 from moebench.schema import SUITES
 from moebench.store import Store
 
@@ -92,6 +94,37 @@ def test_a_failing_attack_stops_neither_its_model_nor_the_next(
     # What failed is what the same command then finds missing.
     assert moebench_("sweep", *QUICK).code == 0
     assert attacks_of() == {"resnet-st": set(DENSE), "st-moe": set(SUITES["v1"])}
+
+
+def test_a_database_that_cannot_be_written_is_said_once(moebench_: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
+    with sqlite3.connect("results.db") as connection:
+        connection.execute("CREATE TABLE users (id int)")
+    assert "is a database of something else" in moebench_.refuses("sweep", *QUICK)
+    Path("results.db").unlink()
+
+    def full(self: Store, result_id: int, chunk: Any) -> None:
+        raise GoneError("'results.db' could not be written; is the disk full?")
+
+    monkeypatch.setattr(Store, "append_chunk", full)
+    said = moebench_("sweep", *QUICK)
+    assert (said.code, said.out) == (1, "")
+    assert said.err == "moebench: 'results.db' could not be written; is the disk full?\n"
+
+
+def test_a_cancelled_run_ends_the_sweep(moebench_: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Store.append_chunk
+
+    def cancelling(self: Store, result_id: int, chunk: Any) -> None:
+        self.cancel_runs([self.runs()[-1].run_id])
+        real(self, result_id, chunk)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "append_chunk", cancelling)
+        said = moebench_("sweep", *QUICK)
+    assert (said.code, said.out, said.err.count("\n")) == (1, "", 1)
+    assert "was cancelled; what was finished is kept, and the same command goes on" in said.err
+    with Store.open("results.db", write=False) as store:
+        assert [(run.status, run.error) for run in store.runs()] == [("failed", "cancelled")]
 
 
 def test_an_interruption_ends_the_sweep(moebench_: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:

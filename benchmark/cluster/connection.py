@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,17 +11,12 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
-from moebench.cluster.settings import AUTO, LOCAL, split_address
+from moebench.cluster.hello import refuse_silence
+from moebench.cluster.settings import AUTO, LOCAL
 from moebench.errors import UsageError, first_line
 
 PATIENCE = 10.0
 """Seconds within which a cluster must answer."""
-
-_HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
-"""What opens an HTTP/2 connection: the preface and empty settings (RFC 9113, section 3.4)."""
-
-_SETTINGS = 4
-"""Type of the frame that every HTTP/2 server answers with."""
 
 _OVERHEAD = 1e-6
 
@@ -56,7 +50,7 @@ def connected(address: str) -> Iterator[None]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     address = os.environ.get("RAY_ADDRESS") or address if address == AUTO else address
     if address not in (AUTO, LOCAL):
-        _refuse_silence(address)
+        refuse_silence(address, PATIENCE)
     handlers = _handlers()
     try:
         # What models print in workers stays in Ray's logs: standard output is for results.
@@ -94,27 +88,6 @@ def _handlers() -> dict[int, Any]:
         return {}
     found = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     return {number: handler for number, handler in found.items() if handler is not None}
-
-
-def _refuse_silence(address: str) -> None:
-    """Says at once what Ray would find out after minutes: that nobody is there, or nobody who speaks its language.
-
-    Raises:
-        UsageError: no HTTP/2 server answers, which Ray's control service is.
-    """
-    host, port = split_address(address)
-    try:
-        with socket.create_connection((host, port), timeout=PATIENCE) as connection:
-            if os.environ.get("RAY_USE_TLS", "0") == "1":
-                return
-            connection.settimeout(PATIENCE)
-            connection.sendall(_HELLO)
-            answer = connection.recv(9)
-    except OSError as error:
-        reason = error.strerror or first_line(error) or type(error).__name__
-        raise UsageError(f"no Ray cluster answers at {address} ({reason}); is its address right?") from None
-    if len(answer) < 4 or answer[3] != _SETTINGS:
-        raise UsageError(f"what answers at {address} is no Ray cluster; `ray status` on its head shows the address")
 
 
 def _explained(address: str, error: Exception) -> str:

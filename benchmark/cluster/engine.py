@@ -25,7 +25,7 @@ from moebench.cluster.connection import connected, exceptions, fitting_tasks, ra
 from moebench.cluster.loop import Drive, LostError, Policy, ShardError
 from moebench.cluster.settings import ClusterSettings
 from moebench.cluster.shipping import pack
-from moebench.errors import RunError, UsageError, first_line
+from moebench.errors import GoneError, UsageError, first_line
 from moebench.work import CellWork, Decided, Undecided
 
 SHARDS_PER_WORKER = 4
@@ -139,7 +139,7 @@ class RayEngine:
         try:
             failures = drive.run()
         except exceptions().RayError as error:
-            raise RunError(f"the cluster is gone ({_reason(error)}); what was finished is kept") from error
+            raise GoneError(f"the cluster is gone ({_reason(error)}); what was finished is kept") from error
         return [Undecided(shards[one.place], f"{one.error}; tried {one.tries} times") for one in failures]
 
     def _shard_size(self, count: int, batch_size: int, *, whole_batches: bool) -> int:

@@ -77,7 +77,7 @@ def split_address(address: str) -> tuple[str, int]:
 
 def _check_amount(option: str, amount: float, *, zero: bool = False) -> None:
     # Ray hands out parts of one and whole numbers, nothing in between.
-    usable = amount > 0 or (zero and amount == 0)
-    if not usable or (amount > 1 and amount != int(amount)) or amount != amount:
+    usable = 0 < amount < float("inf") or (zero and amount == 0)
+    if not usable or (amount > 1 and amount != int(amount)):
         more = " or 0" if zero else ""
         raise UsageError(f"{option} takes a part of one, such as 0.5, or a whole number{more}, got {amount:g}")

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from sqlalchemy import Connection, Engine, QueuePool, create_engine, event, insert, text
-from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
-from moebench.errors import MoebenchError, RunError, UsageError
+from moebench.errors import GoneError, MoebenchError, RunError, UsageError
 from moebench.store import migrate
+from moebench.store.address import Address
 from moebench.store.older import Copy
 from moebench.store.orm import ModelRow
 from moebench.store.records import dumps
@@ -33,7 +33,9 @@ _PAUSE = 0.5
 _LOCK = 0x6D6F6562
 """The advisory lock that makes PostgreSQL admit one writing transaction at a time, as SQLite does."""
 
-_FORM = "user:password@host:port/name"
+_CONNECTING = ("08", "28", "3D", "53", "57")
+"""What the states of PostgreSQL begin with that say that nobody can connect, or this user cannot."""
+
 _MAKE = "`moebench evaluate --model rt-er --attack pgd-10` makes one"
 
 
@@ -64,20 +66,14 @@ class Database:
         self.create = write and create
         self.found: str | None = None
         self._copy: Copy | None = None
-        self._secrets: tuple[str, ...] = ()
         self._ready = False
-        if isinstance(where, str) and "://" in where:
-            url = _parse(where)
-            self._secrets = _secrets(url)
-        else:
-            url = URL.create("sqlite", database=str(where))
-        self.path = Path(url.database or "").expanduser() if url.drivername == "sqlite" else None
-        self.shown = _shown(url, self.path)
+        address = Address.read(where)
+        self.path, self.shown, self._secrets = address.path, address.shown, address.secrets
         before = _beside(self.path)
         try:
             with self.explained():
                 self._engine = (
-                    _postgres(url) if self.path is None else _sqlite(self.path, self.shown, write, self.create)
+                    _postgres(address) if self.path is None else _sqlite(self.path, self.shown, write, self.create)
                 )
                 try:
                     self._prepare()
@@ -155,7 +151,7 @@ class Database:
             reason = " ".join(str(error.orig).split())
             for secret in self._secrets:
                 reason = reason.replace(secret, "***")
-            explanation = _explain(error, self.shown, reason, ready=self._ready)
+            explanation = _explain(error, self.shown, reason, ready=self._ready, write=self.write)
             if explanation is None:
                 raise
             raise explanation from None
@@ -195,38 +191,11 @@ class Database:
         self._engine = _sqlite_engine(self._copy.path, "mode=rw", write=False)
 
 
-def _parse(where: str) -> URL:
-    scheme = where.split("://", 1)[0]
-    try:
-        url = make_url(where)
-    except (ArgumentError, ValueError):
-        raise UsageError(f"cannot read the {scheme}:// address of the database; write {scheme}://{_FORM}") from None
-    if url.drivername in ("sqlite", "sqlite+pysqlite"):
-        if url.query or url.host or url.database in (None, "", ":memory:"):
-            raise UsageError("a sqlite:/// address names a file and nothing else, such as sqlite:///results.db")
-        return url.set(drivername="sqlite")
-    if url.drivername in ("postgresql", "postgres", "postgresql+psycopg"):
-        return url.set(drivername="postgresql+psycopg")
-    raise UsageError(
-        f"unknown kind of database {scheme!r}; name a file, sqlite:///FILE or postgresql+psycopg://user@host/name"
-    )
-
-
-def _secrets(url: URL) -> tuple[str, ...]:
-    asked = url.query.get("password", ())
-    return tuple(filter(None, (url.password, *((asked,) if isinstance(asked, str) else asked))))
-
-
-def _shown(url: URL, path: Path | None) -> str:
-    if path is not None:
-        return repr(str(path))
-    public = URL.create(url.drivername, url.username, host=url.host, port=url.port, database=url.database)
-    return public.render_as_string()
-
-
 def _sqlite(path: Path, shown: str, write: bool, create: bool) -> Engine:
     if path.is_dir():
         raise UsageError(f"{shown} is a folder; name a file, such as {str(path / DEFAULT)!r}")
+    if path.exists() and not path.is_file():
+        raise UsageError(f"{shown} is no ordinary file; name another with --db")
     if not path.parent.is_dir():
         raise UsageError(
             f"there is no folder {str(path.parent)!r} for the database {path.name!r}; make it or change --db"
@@ -336,9 +305,15 @@ def _refuse_damage(connection: Connection, shown: str) -> None:
         raise DamagedError(f"{shown} is damaged ({str(found).splitlines()[-1]}); restore it from a copy")
 
 
-def _postgres(url: URL) -> Engine:
+def _postgres(address: Address) -> Engine:
     try:
-        engine = create_engine(url, json_serializer=dumps, hide_parameters=True, pool_pre_ping=True)
+        engine = create_engine(
+            address.url,
+            connect_args=address.patience(),
+            json_serializer=dumps,
+            hide_parameters=True,
+            pool_pre_ping=True,
+        )
     except ImportError:
         raise UsageError('PostgreSQL needs the driver psycopg; `pip install "moebench[postgres]"` adds it') from None
 
@@ -363,7 +338,7 @@ def _is_lost(error: DBAPIError) -> bool:
     if not _is_postgres(error):
         return False
     state = getattr(error.orig, "sqlstate", None)
-    unreachable = state is None and type(error.orig).__name__ == "OperationalError"
+    unreachable = state is None and _is_kind(error, "OperationalError")
     return error.connection_invalidated or unreachable or state in ("57P01", "57P02", "57P03")
 
 
@@ -371,27 +346,43 @@ def _is_postgres(error: DBAPIError) -> bool:
     return type(error.orig).__module__.startswith("psycopg")
 
 
-def _explain(error: DBAPIError, shown: str, reason: str, *, ready: bool) -> MoebenchError | None:
+def _is_kind(error: DBAPIError, name: str) -> bool:
+    """Whether the driver's error is of a class of that name, or of one below it."""
+    return any(kind.__name__ == name for kind in type(error.orig).__mro__)
+
+
+def _explain(error: DBAPIError, shown: str, reason: str, *, ready: bool, write: bool) -> MoebenchError | None:
     """The one line for an error that is not a mistake of this package, else None.
 
-    `ready` says that the database had been opened before: then it is no wrong address.
+    `ready` says that the database had been opened before: then it is no wrong address. `write` says for what it was.
     """
     state = getattr(error.orig, "sqlstate", None)
     code = _code(error)
     if code in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT):
         return DamagedError(f"{shown} is damaged or no SQLite database ({reason}); restore a copy, or change --db")
-    if code in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM) or state in ("42501", "25006"):
+    if state in ("42501", "25006"):
+        said = getattr(getattr(error.orig, "diag", None), "message_primary", None) or reason
+        return UsageError(
+            f"{shown} cannot be {'written' if write else 'read'} ({said}); ask for the right, or change --db"
+        )
+    if code in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM):
         return UsageError(f"{shown} cannot be written ({reason}); make it and its folder writable, or change --db")
     if code == sqlite3.SQLITE_CANTOPEN:
         return UsageError(f"{shown} cannot be opened ({reason}); check the permissions of the file and its folder")
     if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED) or state == "55P03":
         return BusyError(f"{shown} is busy: another process has been writing for {_WAIT} s; try again when it is done")
+    if code == sqlite3.SQLITE_IOERR and not ready:
+        return UsageError(f"{shown} cannot be opened ({reason}); name another with --db")
     if code in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR) or state == "53100":
-        return RunError(f"{shown} could not be written ({reason}); is the disk full?")
+        return GoneError(f"{shown} could not be written ({reason}); is the disk full?")
     if ready and _is_lost(error):
-        return RunError(
+        return GoneError(
             f"lost the connection to {shown} ({reason}); what was committed is kept, and the same command goes on"
         )
-    if _is_postgres(error) and type(error.orig).__name__ == "OperationalError":
+    # An option of the address that no server knows is a ProgrammingError without a state.
+    strange = state is None and not ready and _is_kind(error, "ProgrammingError")
+    if _is_postgres(error) and (
+        strange or (_is_kind(error, "OperationalError") and (state or "08")[:2] in _CONNECTING)
+    ):
         return UsageError(f"cannot reach {shown} ({reason}); check the address, the server and the user")
     return None

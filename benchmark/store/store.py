@@ -12,7 +12,7 @@ from sqlalchemy import delete, func, insert, select, update
 from sqlalchemy.orm import Session
 
 from moebench.claims import load_claims
-from moebench.errors import RunError, UsageError
+from moebench.errors import GoneError, RunError, UsageError
 from moebench.schema import (
     CellSpec,
     Chunk,
@@ -483,5 +483,5 @@ class Store:
 def _ended(run_id: str, status: str, error: str | None) -> RunError:
     if error == CANCELLED:
         kept = "what was finished is kept, and the same command goes on from there"
-        return RunError(f"run {run_id} was cancelled; {kept}")
+        return GoneError(f"run {run_id} was cancelled; {kept}")
     return RunError(f"run {run_id} has ended ({status}{f': {error}' if error else ''})")
