@@ -136,10 +136,12 @@ def _part(loaded: LoadedModel, part: str, dataset: Dataset) -> LoadedModel:
 
 def _rerouted(loaded: LoadedModel, override: RoutingOverride, dataset: Dataset) -> LoadedModel:
     """The model with its routing overridden: another name, another program, and what it costs now."""
+    selected = [layer.top_k for layer in moe_layers(loaded.module).values()]
     try:
         reroute(loaded.module, top_k=override.top_k, barred=override.barred)
     except UsageError as error:
         raise UsageError(f"--routing {override} does not suit {loaded.record.name}: {error}") from None
+    override = override.on(selected)
     name = variant(loaded.record.name, f"routing={override}")
     checkpoint = replace(
         loaded.checkpoint,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 from moebench.errors import UsageError
 
@@ -28,6 +29,15 @@ class RoutingOverride:
         if self.barred is not None:
             parts.append(f"drop-best={self.barred}" if self.barred else "drop-best")
         return ",".join(parts)
+
+    def on(self, top_ks: Iterable[int]) -> RoutingOverride:
+        """The override by its one name on a model: `drop-best=K` where every layer selects K is `drop-best`.
+
+        Args:
+            top_ks: how many experts each MoE layer of the model selects, before it is overridden.
+        """
+        selected = set(top_ks) if self.top_k is None else {self.top_k}
+        return replace(self, barred=0) if selected == {self.barred} else self
 
 
 def parse_routing(text: str) -> RoutingOverride:

@@ -138,6 +138,22 @@ def test_other_texts_are_refused(text: str) -> None:
         parse_routing(text)
 
 
+@pytest.mark.parametrize(
+    ("text", "top_ks", "name"),
+    [
+        ("drop-best=2", [2, 2], "drop-best"),
+        ("drop-best", [2, 2], "drop-best"),
+        ("drop-best=1", [2, 2], "drop-best=1"),
+        ("drop-best=2", [1, 2], "drop-best=2"),
+        ("top-k=1,drop-best=1", [2], "top-k=1,drop-best"),
+        ("top-k=1,drop-best=2", [2], "top-k=1,drop-best=2"),
+        ("top-k=2", [2], "top-k=2"),
+    ],
+)
+def test_one_override_has_one_name_on_a_model(text: str, top_ks: list[int], name: str) -> None:
+    assert str(parse_routing(text).on(top_ks)) == name
+
+
 def test_dropping_the_best_takes_the_next_best() -> None:
     model, x = v_moe(), images(3)
     plain = record(model, x)
@@ -224,6 +240,9 @@ def test_a_rerouted_model_is_a_variant_of_its_own() -> None:
     x = torch.from_numpy(data.images)
     (kept, next_best) = (record(one.module, x)["moe"].selected for one in (plain, other))
     assert not bool((kept & next_best).any())
+    same = load(MOE, data, routing="drop-best=1")
+    assert (same.record, same.checkpoint, same.code) == (other.record, other.checkpoint, other.code)
+    assert load(MOE, data, settings={"top_k": 2}, routing="drop-best=1").record.name.endswith(",routing=drop-best=1]")
     both = load(MOE, data, settings={"top_k": 2}, routing="top-k=3")
     assert both.record.name == f"{MOE}[top_k=2,routing=top-k=3]"
     assert both.checkpoint.active_parameters is not None and plain.checkpoint.active_parameters is not None
