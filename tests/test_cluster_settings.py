@@ -69,6 +69,14 @@ def test_without_ray(moebench: Terminal, monkeypatch: pytest.MonkeyPatch) -> Non
     assert '`pip install "moebench[ray]"` adds it' in moebench.refuses(*WORDS, "--engine", "ray")
 
 
+def test_a_dry_run_connects_to_nothing_and_says_what_a_cluster_changes(moebench: Terminal) -> None:
+    ray = ("--engine", "ray", "--address", "127.0.0.1:1", "--dry-run")
+    for words in ((*WORDS, *ray), (*WORDS, "--eps", "0.1,0.2", *ray), ("sweep", "--models", MOE, "--n", 2, *ray)):
+        said = moebench(*words)
+        assert said.code == 0 and said.out.splitlines()[-1].startswith("on a cluster the tasks that run at once share")
+    assert list(moebench(*WORDS, *ray, "--json").json) == ["cells", "total"] and moebench.files() == {}
+
+
 @contextmanager
 def listening(answer: bytes | None) -> Iterator[int]:
     """The port of a server that says the same to everybody, or nothing."""

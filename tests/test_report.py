@@ -332,6 +332,25 @@ def test_a_full_disk_leaves_the_old_file_whole(tmp_path: Path, monkeypatch: pyte
     assert not list(tmp_path.rglob("*.draft"))
 
 
+def test_a_disk_that_fills_up_leaves_the_old_report_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_report(FakeStore(), tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    real, written = Path.write_text, 0
+
+    def filling(path: Path, *words: Any, **options: Any) -> int:
+        nonlocal written
+        written += 1
+        if written == 8:
+            real(path, "half of it")
+            raise OSError(28, "No space left on device")
+        return real(path, *words, **options)
+
+    monkeypatch.setattr(Path, "write_text", filling)
+    with pytest.raises(UsageError, match="No space left on device"):
+        write_report(demo(20), tmp_path)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_folder_without_permission_is_one_line(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from importlib.util import find_spec
@@ -258,6 +259,36 @@ def test_a_connection_that_is_cut_inside_a_commit_costs_that_commit_alone(
     with Store.open(url, write=False) as store:
         assert store.check() == [] and [len(run.results) for run in store.runs()] == [1]
         assert [run.status for run in store.runs()] == ["failed"]
+    assert main([*EVALUATE, "--db", url]) == 0
+    assert verdicts(url) == expected
+
+
+def test_a_server_that_stays_away_is_waited_for_once(
+    url: str, server: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real, commits, since = Store.append_chunk, 0, 0.0
+
+    def append(store: Store, result_id: int, chunk: Chunk) -> None:
+        nonlocal commits, since
+        commits += 1
+        if commits == 2:
+            execute(server, "ALTER DATABASE bench ALLOW_CONNECTIONS false", "postgres")
+            others = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = 'bench'"
+            execute(server, others, "postgres")
+            since = time.monotonic()
+        real(store, result_id, chunk)
+
+    expected = undisturbed(tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr(Store, "append_chunk", append)
+        patched.setattr(connect, "_WAIT", 6)
+        capsys.readouterr()
+        assert main([*EVALUATE, "--db", url]) == 1
+        assert 6 <= time.monotonic() - since < 11  # the run, too, cannot be marked as failed; that is tried once
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.count("\n") == 1 and "s3cret" not in said.err
+    assert "lost the connection to postgresql" in said.err and "the same command goes on" in said.err
+    execute(server, "ALTER DATABASE bench ALLOW_CONNECTIONS true", "postgres")
     assert main([*EVALUATE, "--db", url]) == 0
     assert verdicts(url) == expected
 

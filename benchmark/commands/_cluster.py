@@ -15,6 +15,11 @@ from moebench.errors import UsageError
 if TYPE_CHECKING:
     from moebench.evaluation import EvalSpec
 
+DIVIDED = (
+    "on a cluster the tasks that run at once share this time; hours and price stay, if its devices are like this one"
+)
+"""What a dry run for a cluster says: it tries the work here, and connects to nothing."""
+
 NAMES = ("address", "cpus_per_task", "gpus_per_task", "shard_size")
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from moebench.commands._cluster import cluster_options, on_cluster, taken_from
+from moebench.commands._cluster import DIVIDED, cluster_options, on_cluster, taken_from
 from moebench.commands._guard import users_code
 from moebench.commands._names import check_names
 from moebench.commands._options import (
@@ -127,11 +127,13 @@ def evaluate_command(
         commands = dict(zip(radii, map(command, _texts(radii, cold, spec)), strict=True))
         if dry_run:
             _dry_run_of_sweep(spec, list(commands), cold=cold, as_json=as_json, price=price)
+            _say_divided(settings_of_cluster, as_json)
         else:
             _sweep(spec, commands, settings_of_cluster, cold=cold, as_json=as_json)
         return
     if dry_run:
         _dry_run(spec, as_json, price)
+        _say_divided(settings_of_cluster, as_json)
         return
     from moebench.commands._progress import listening
 
@@ -202,6 +204,11 @@ def command_line(
     for pair in settings:
         words += ["--set", pair]
     return shlex.join(words)
+
+
+def _say_divided(cluster: ClusterSettings | None, as_json: bool) -> None:
+    if cluster is not None and not as_json:
+        click.echo(DIVIDED)
 
 
 def _dry_run(spec: EvalSpec, as_json: bool, price: float | None) -> None:

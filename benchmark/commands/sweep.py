@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from moebench.commands._cluster import cluster_options, on_cluster, taken_from
+from moebench.commands._cluster import DIVIDED, cluster_options, on_cluster, taken_from
 from moebench.commands._guard import users_code
 from moebench.commands._names import check_names
 from moebench.commands._options import (
@@ -89,6 +89,8 @@ def sweep_command(
             click.echo(json.dumps({"suite": suite, "models": plans, "failures": list(map(str, planned.failures))}))
         else:
             say_planned_suite(planned)
+            if settings_of_cluster is not None:
+                click.echo(DIVIDED)
     elif as_json:
         runs = [summary.to_json() for summary in swept.summaries]
         found = {"suite": suite, "complete": swept.complete, "runs": runs, "failures": list(map(str, swept.failures))}

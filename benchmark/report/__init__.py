@@ -5,6 +5,7 @@ The same store gives the same bytes: nothing here asks for the time, the machine
 
 from __future__ import annotations
 
+import errno
 import os
 from contextlib import suppress
 from pathlib import Path
@@ -52,7 +53,10 @@ def render(store: ReadableStore, since: Snapshot | None = None) -> dict[str, str
 
 
 def write_report(store: ReadableStore, out: Path, since: Snapshot | None = None) -> list[Path]:
-    """Writes the report into a folder, each file in one step; files of an earlier report that are no more go.
+    """Writes the report into a folder; files of an earlier report that are no more go.
+
+    Each file is replaced in one step, the first when all of them are on the disk: where that has no room for them, an
+    earlier report stays as it was.
 
     Args:
         store: what to report.
@@ -65,9 +69,12 @@ def write_report(store: ReadableStore, out: Path, since: Snapshot | None = None)
         UsageError: the folder cannot be made or written.
     """
     made = render(store, since)
+    drafts: dict[Path, Path] = {}
     try:
         for name in sorted(made):
-            _write(out / name, made[name])
+            _draft(out / name, made[name], drafts)
+        for path, draft in drafts.items():
+            os.replace(draft, path)
         _remove_stale(out, set(made))
     except OSError as error:
         reason = error.strerror or str(error)
@@ -75,23 +82,23 @@ def write_report(store: ReadableStore, out: Path, since: Snapshot | None = None)
             f"cannot write the report to {str(out)!r}: {reason} ({error.filename or out}); "
             "give a folder that can be written with --out"
         ) from None
+    finally:
+        for draft in drafts.values():
+            with suppress(OSError):
+                draft.unlink(missing_ok=True)
     return [out / name for name in sorted(made)]
 
 
-def _write(path: Path, content: str | bytes) -> None:
-    """Replaces a file in one step, so that a reader sees the old one or the new one."""
+def _draft(path: Path, content: str | bytes, drafts: dict[Path, Path]) -> None:
+    """Writes what is to replace a file beside it, and notes where."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.draft")
-    try:
-        if isinstance(content, bytes):
-            draft.write_bytes(content)
-        else:
-            draft.write_text(content, encoding="utf-8", errors="backslashreplace", newline="\n")
-        os.replace(draft, path)
-    except BaseException:
-        with suppress(OSError):
-            draft.unlink(missing_ok=True)
-        raise
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    draft = drafts[path] = path.with_name(f".{path.name}.draft")
+    if isinstance(content, bytes):
+        draft.write_bytes(content)
+    else:
+        draft.write_text(content, encoding="utf-8", errors="backslashreplace", newline="\n")
 
 
 def _remove_stale(out: Path, made: set[str]) -> None:

@@ -66,7 +66,7 @@ class Database:
         self.create = write and create
         self.found: str | None = None
         self._copy: Copy | None = None
-        self._ready = False
+        self._ready = self._lost = False
         address = Address.read(where)
         self.path, self.shown, self._secrets = address.path, address.shown, address.secrets
         before = _beside(self.path)
@@ -116,8 +116,8 @@ class Database:
 
     @contextmanager
     def _session(self, engine: Engine) -> Iterator[Session]:
-        """A session whose transaction has begun; a server that is being restarted is waited for."""
-        deadline = time.monotonic() + _WAIT
+        """A session whose transaction has begun; a server that is being restarted is waited for, once in vain."""
+        deadline = time.monotonic() + (0 if self._lost else _WAIT)
         while True:
             session = Session(engine)
             try:
@@ -127,9 +127,11 @@ class Database:
             except BaseException as error:
                 session.close()
                 waiting = self._ready and isinstance(error, DBAPIError) and _is_lost(error)
+                self._lost = waiting
                 if not waiting or time.monotonic() > deadline:
                     raise
                 time.sleep(_PAUSE)
+        self._lost = False
         with session, transaction:
             yield session
 
