@@ -223,7 +223,9 @@ def demo(n: int = 297) -> FakeStore:
         store.add_run(done, flags=(gradient,) if who.name == "st-moe" else ())
     store.add(models[0], "autoattack", first_broken(n, 130), engine="reference", clean=0.95)
     cifar = protocol("cifar-10", 1000, eps=8 / 255)
-    store.add(models[0], "autoattack", draw.random(1000) < 0.62, on=cifar, clean=0.758)
+    broken = draw.random(1000) < 0.62
+    for attack in ("autoattack", "moe-adaptive"):
+        store.add(models[0], attack, broken, on=cifar, clean=0.758)
     store.add(models[0], "pgd-50", draw.random(1000) < 0.58, on=cifar, clean=0.758)
     failed = store.add(models[3], "square", first_broken(n, 10), clean=0.9425)
     store.add_run(failed, "failed", error="the loss became NaN at step 3")

@@ -28,7 +28,7 @@ def taken(store: FakeStore) -> Snapshot:
 def small(**broken: int) -> FakeStore:
     store = FakeStore()
     for name, count in broken.items():
-        store.add(model(name), "autoattack", first_broken(200, count), clean=1.0)
+        store.add(model(name, "dense"), "autoattack", first_broken(200, count), clean=1.0)
     return store
 
 

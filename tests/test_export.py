@@ -65,8 +65,8 @@ def show(monkeypatch: pytest.MonkeyPatch, moebench: Terminal) -> Callable[..., S
 def named(*names: str) -> FakeStore:
     store = FakeStore()
     for at, name in enumerate(names):
-        store.add(model(name, paper=paper()), "autoattack", first_broken(200, 20 + 10 * at), stage="apgd-ce")
-        store.add(model(name, paper=paper()), "pgd-50", first_broken(200, 10 + at), stage="pgd")
+        store.add(model(name, "dense", paper=paper()), "autoattack", first_broken(200, 20 + 10 * at), stage="apgd-ce")
+        store.add(model(name, "dense", paper=paper()), "pgd-50", first_broken(200, 10 + at), stage="pgd")
     return store
 
 

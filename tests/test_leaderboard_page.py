@@ -587,7 +587,7 @@ def test_an_empty_store_opens(visit: Callable[..., Any], tmp_path: Path) -> None
 
 def test_a_single_model_has_rank_one_and_nobody_to_be_compared_with(visit: Callable[..., Any], tmp_path: Path) -> None:
     store = FakeStore()
-    store.add(model("alone"), "autoattack", first_broken(50, 5))
+    store.add(model("alone", "dense"), "autoattack", first_broken(50, 5))
     write_report(store, tmp_path)
     page = visit(tmp_path / "index.html")
     assert models(page) == ["alone"]

@@ -79,9 +79,9 @@ def test_the_page_and_the_table_say_it_escaped() -> None:
     assert section.count('<abbr title="moe-adaptive has not been run">—</abbr>') == 6
     table = files["tables/missed-digits-Linf.tex"]
     (row,) = [line for line in table.splitlines() if line.startswith("both &")]
-    assert r"$50.0{\scriptstyle\,\pm\,6.9}$ & $\underline{35.0}{\scriptstyle\,\pm\,6.8}$" in row
+    assert r"$\underline{50.0}{\scriptstyle\,\pm\,6.9}$ & $\underline{35.0}{\scriptstyle\,\pm\,6.8}$" in row
     assert row.endswith(r" & $-15.0$ & 30 & 0 & \ensuremath{<} 0.001 \\")
-    assert r"half\_done & $\underline{55.0}{\scriptstyle\,\pm\,6.9}$ & --- & --- & --- & --- & --- \\" in table
+    assert r"half\_done & $55.0{\scriptstyle\,\pm\,6.9}$ & --- & --- & --- & --- & --- \\" in table
     assert "% A dash: half_done: moe-adaptive has not been run." in table
 
 

@@ -28,7 +28,7 @@ def store_of(**models: tuple[float, int, int]) -> FakeStore:
     """Models by name with clean accuracy, number of broken samples (of 200) and FLOPs."""
     store = FakeStore()
     for name, (clean, broken, flops) in models.items():
-        store.add(model(name), "autoattack", first_broken(200, broken), clean=clean)
+        store.add(model(name, "dense"), "autoattack", first_broken(200, broken), clean=clean)
         last = store.stored[-1]
         store.stored[-1] = replace(last, checkpoint=replace(last.checkpoint, flops=flops or None))
     return store

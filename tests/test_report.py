@@ -25,7 +25,7 @@ from moebench.metrics import Measure
 from moebench.report import exports, html, latex_text, render, tables, text, write_report
 from moebench.report.claims import our_attack, same_threat
 from moebench.report.evidence import Evidence
-from moebench.schema import Flag, ThreatModel
+from moebench.schema import Flag, RoutingLayer, ThreatModel
 
 CHROMIUM = Path("/usr/bin/chromium")
 CHROMIUM_ARGS = [
@@ -67,7 +67,8 @@ def row_of(store: FakeStore, name: str) -> tables.Row:
 def test_ranks_follow_the_worst_case_and_not_the_whole_model() -> None:
     store = FakeStore()
     for name, whole, experts in (("flattered", 40, 90), ("honest", 60, 50)):
-        store.add(model(name), "autoattack", first_broken(200, whole))
+        for attack in ("autoattack", "moe-adaptive"):
+            store.add(model(name), attack, first_broken(200, whole))
         store.add(model(name), "pgd-50", first_broken(200, experts), "experts")
     board = board_of(store)
     assert [(row.model.name, row.rank) for row in board.ranked] == [("honest", 1), ("flattered", 2)]
@@ -88,7 +89,7 @@ def test_ra_is_the_sample_wise_worst_over_whole_view_attacks() -> None:
 def test_equal_numbers_share_a_rank_and_the_next_one_counts_both() -> None:
     store = FakeStore()
     for name, broken in (("a", 10), ("b", 10), ("c", 20)):
-        store.add(model(name), "autoattack", first_broken(200, broken))
+        store.add(model(name, "dense"), "autoattack", first_broken(200, broken))
     assert [row.rank for row in board_of(store).ranked] == [1, 1, 3]
 
 
@@ -96,11 +97,40 @@ def test_equal_numbers_share_a_rank_and_the_next_one_counts_both() -> None:
 def test_without_autoattack_on_the_whole_model_there_is_no_rank(view: str) -> None:
     store = FakeStore()
     store.add(model("a"), "pgd-50" if view == "whole" else "autoattack", first_broken(200, 0), view)
-    store.add(model("b"), "autoattack", first_broken(200, 150))
+    store.add(model("b", "dense"), "autoattack", first_broken(200, 150))
     board = board_of(store)
     assert [(row.model.name, row.rank) for row in board.rows] == [("b", 1), ("a", None)]
-    assert board.unranked[0].unranked == "autoattack has not been run on the whole model"
-    assert "Not ranked: autoattack has not been run" in render(store)["index.html"]
+    assert board.unranked[0].unranked == "autoattack and moe-adaptive have not been run on the whole model"
+    assert "Not ranked: autoattack and moe-adaptive have not been run" in render(store)["index.html"]
+
+
+@pytest.mark.parametrize(
+    ("family", "layers", "routed"),
+    [
+        *(("moe", (), True), ("dual", (), True), ("external", (routing(),), True)),
+        *(("dense", (), False), ("ensemble", (), False), ("external", (), False)),
+    ],
+)
+def test_a_model_with_routing_takes_a_rank_only_with_moe_adaptive_on_the_whole(
+    family: str, layers: tuple[RoutingLayer, ...], routed: bool
+) -> None:
+    store, who = FakeStore(), model("a", family)
+    store.add(who, "autoattack", first_broken(200, 20), layers=layers)
+    store.add(who, "moe-adaptive", first_broken(200, 20), "experts")
+    row = row_of(store, "a")
+    assert row.unranked == ("moe-adaptive has not been run on the whole model" if routed else None)
+    assert row.rank == (None if routed else 1)
+    store.add(who, "moe-adaptive", first_broken(200, 20))
+    assert row_of(store, "a").rank == 1
+
+
+def test_a_board_gives_every_reason_for_having_no_rank() -> None:
+    store = FakeStore()
+    for name, family, attack in (("a", "moe", "autoattack"), ("b", "dense", "pgd-50"), ("c", "dual", "autoattack")):
+        store.add(model(name, family), attack, first_broken(200, 10))
+    page = render(store)["index.html"]
+    assert "Not ranked: autoattack has not been run on the whole model (1 model, at the end of the table); " in page
+    assert "moe-adaptive has not been run on the whole model (2 models)." in page
 
 
 @pytest.mark.parametrize("cell", [{"engine": "reference"}, {"precision": "bfloat16-only"}])
@@ -138,8 +168,8 @@ def test_numbers_of_unlike_protocols_are_never_ranked_together(other: Any) -> No
 
 def test_two_checkpoints_of_a_model_are_two_rows_told_apart_by_their_weights() -> None:
     store = FakeStore()
-    store.add(model("a"), "autoattack", first_broken(200, 20), weights="one")
-    store.add(model("a"), "autoattack", first_broken(200, 30), weights="two")
+    store.add(model("a", "dense"), "autoattack", first_broken(200, 20), weights="one")
+    store.add(model("a", "dense"), "autoattack", first_broken(200, 30), weights="two")
     labels = [row.label for row in board_of(store).ranked]
     assert len(set(labels)) == 2
     assert all(label.startswith("a · ") for label in labels)
@@ -447,7 +477,8 @@ def test_no_csv_field_is_a_formula_and_every_row_has_all_columns(name: str) -> N
 
 def test_csv_numbers_are_fractions_and_gaps_are_told_apart() -> None:
     store = FakeStore()
-    store.add(model("a", "moe"), "autoattack", first_broken(200, 40))
+    for attack in ("autoattack", "moe-adaptive"):
+        store.add(model("a", "moe"), attack, first_broken(200, 40))
     (row,) = csv.DictReader(io.StringIO(render(store)["data/leaderboard.csv"]))
     assert (row["rank"], row["ra_worst"], row["sa"], row["ra[autoattack]"]) == ("1", "0.800000", "0.950000", "0.800000")
     assert float(row["ra_low"]) < 0.8 < float(row["ra_high"])
@@ -523,7 +554,8 @@ def test_numbers_are_written_for_readers() -> None:
 def test_the_best_ranked_number_is_bold_and_an_overstated_one_never() -> None:
     store = FakeStore()
     for name, whole, experts in (("flattered", 40, 90), ("honest", 60, 50)):
-        store.add(model(name), "autoattack", first_broken(200, whole))
+        for attack in ("autoattack", "moe-adaptive"):
+            store.add(model(name), attack, first_broken(200, whole))
         store.add(model(name), "pgd-50", first_broken(200, experts), "experts")
     store.add(model("unranked"), "pgd-50", first_broken(200, 1))
     table = render(store)["tables/leaderboard-digits-Linf.tex"]
@@ -650,7 +682,7 @@ def sorted_by(page: Any, label: str, direction: str) -> list[str]:
 def test_clicking_a_header_sorts_by_value_and_clicking_again_turns_it_round(browser: Any, tmp_path: Path) -> None:
     store = FakeStore()
     for name, broken, clean in (("a", 10, 0.9), ("b", 190, 1.0), ("c", 100, 0.95)):
-        store.add(model(name), "autoattack", first_broken(200, broken), clean=clean)
+        store.add(model(name, "dense"), "autoattack", first_broken(200, broken), clean=clean)
     store.add(model("z-unranked"), "pgd-50", first_broken(200, 0), clean=0.99)
     write_report(store, tmp_path)
     page, problems = opened(browser, tmp_path / "index.html")

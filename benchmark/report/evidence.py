@@ -26,6 +26,9 @@ WHOLE = "whole"
 ENGINE = "native"
 QUICK_LOOK = "bfloat16-only"
 
+ROUTED = ("moe", "dual")
+"""Families whose models have routing to attack; of a user's own model, its results tell."""
+
 ATTACK_ORDER = (
     "fgsm",
     "pgd-10",
@@ -150,6 +153,11 @@ def eligible(stored: StoredResult) -> bool:
 def is_whole(model: ModelRecord) -> bool:
     """Whether a record is of a model, and not of one expert or one half of it."""
     return model.family != PART_FAMILY
+
+
+def is_routed(cells: Sequence[Evidence]) -> bool:
+    """Whether results are of a model that has routing to attack, from its family or from routing that was recorded."""
+    return any(one.stored.model.family in ROUTED or bool(one.stored.record.routing) for one in cells)
 
 
 def newest(results: Iterable[StoredResult]) -> StoredResult:

@@ -7,11 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from moebench.metrics import Measure, Paired, measure, paired, worst_case
-from moebench.report.evidence import WHOLE, Evidence
+from moebench.report.evidence import WHOLE, Evidence, is_routed
 
 STANDARD, ADAPTIVE = "autoattack", "moe-adaptive"
-ROUTED = ("moe", "dual")
-"""Families whose models have routing to attack."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +48,7 @@ def missed(label: str, page: str, cells: Sequence[Evidence]) -> Missed | None:
     """
     whole = [one for one in cells if one.view == WHOLE]
     standard, adaptive = ([one for one in whole if one.attack == name] for name in (STANDARD, ADAPTIVE))
-    if not adaptive and (not standard or cells[0].stored.model.family not in ROUTED):
+    if not adaptive and not (standard and is_routed(cells)):
         return None
     measures = [
         measure(worst_case([one.outcomes for one in group])) if group else None for group in (standard, adaptive)

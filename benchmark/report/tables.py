@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from moebench.metrics import Measure, from_accuracy, measure, worst_case
+from moebench.report.admission import unranked_because
 from moebench.report.claims import ClaimRange, ClaimRow, claim_key, compare, headline_ranges, is_headline
 from moebench.report.evidence import (
     WHOLE,
@@ -25,7 +26,7 @@ from moebench.report.evidence import (
     result_key,
 )
 from moebench.report.external import EXTERNAL, external_words
-from moebench.report.missed import Missed, missed
+from moebench.report.missed import STANDARD, Missed, missed
 from moebench.report.model_page import Details, details
 from moebench.report.protocols import ProtocolRow, protocol_rows
 from moebench.report.ranks import RankRange, rank_ranges
@@ -45,7 +46,7 @@ from moebench.schema import (
 )
 from moebench.trust import passive_flags
 
-RANKING_ATTACK = "autoattack"
+RANKING_ATTACK = STANDARD
 OVERSTATED = "over-stated RA"
 COMPONENTS: tuple[tuple[str, str], ...] = (
     ("RA-E", "experts"),
@@ -251,14 +252,13 @@ def _row(
     model = last.model
     whole = [one for one in cells if one.view == WHOLE]
     own = [claim for claim in claims if claim.registry_name == model.name]
-    judged = any(one.attack == RANKING_ATTACK for one in whole)
     return Row(
         model=model,
         page=page_name(model.name),
         checkpoint=last.checkpoint,
         label=f"{model.name} · {last.checkpoint.sha256[:8]}" if several else model.name,
         rank=None,
-        unranked=external_words(last) or (None if judged else f"{RANKING_ATTACK} has not been run on the whole model"),
+        unranked=unranked_because(cells),
         worst=_standing(cells, "no attack has been run"),
         sa=_clean(last),
         ra=_standing(whole, "no attack on the whole model has been run"),
