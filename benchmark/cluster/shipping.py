@@ -14,6 +14,7 @@ import importlib.machinery
 import linecache
 import pickle
 import sys
+import tokenize
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -130,9 +131,9 @@ def user_sources() -> dict[str, Source]:
     for name, path in files.items():
         top = name.partition(".")[0]
         if name.startswith(USER) or (top != "moebench" and _home(files.get(top)) in folders):
-            # A file that is gone by now was of another model.
-            with suppress(OSError):
-                found[name] = Source(path, Path(path).read_text(encoding="utf-8"), hasattr(modules[name], "__path__"))
+            # A file that is gone or no Python by now was of another model.
+            with suppress(OSError, SyntaxError, UnicodeDecodeError), tokenize.open(path) as file:
+                found[name] = Source(path, file.read(), hasattr(modules[name], "__path__"))
     size = sum(len(source.text) for source in found.values())
     if size > LARGEST_SOURCE:
         raise UsageError(f"the modules beside the model have {size:,} bytes of source; keep the model's file apart")

@@ -27,6 +27,12 @@ VARIABLE = "MOEBENCH_DB"
 _WAIT = 30
 """Seconds to wait for another process that writes."""
 
+_WRITING = (
+    sqlite3.SQLITE_IOERR_WRITE, sqlite3.SQLITE_IOERR_FSYNC, sqlite3.SQLITE_IOERR_DIR_FSYNC,
+    sqlite3.SQLITE_IOERR_TRUNCATE, sqlite3.SQLITE_IOERR_SHMSIZE, sqlite3.SQLITE_IOERR_SHMMAP,
+)  # fmt: skip
+"""What SQLite says where a disk takes no more; other troubles with a file that was never opened are of the file."""
+
 _PAUSE = 0.5
 """Seconds between two attempts to reach a server that was there before."""
 
@@ -373,7 +379,7 @@ def _explain(error: DBAPIError, shown: str, reason: str, *, ready: bool, write: 
         return UsageError(f"{shown} cannot be opened ({reason}); check the permissions of the file and its folder")
     if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED) or state == "55P03":
         return BusyError(f"{shown} is busy: another process has been writing for {_WAIT} s; try again when it is done")
-    if code == sqlite3.SQLITE_IOERR and not ready:
+    if code == sqlite3.SQLITE_IOERR and not ready and getattr(error.orig, "sqlite_errorcode", None) not in _WRITING:
         return UsageError(f"{shown} cannot be opened ({reason}); name another with --db")
     if code in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR) or state == "53100":
         return GoneError(f"{shown} could not be written ({reason}); is the disk full?")
