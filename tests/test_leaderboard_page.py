@@ -415,7 +415,7 @@ def test_reasons_are_reached_by_pointer_keyboard_and_without_scripts(visit: Call
     assert "samples stand after" in card.inner_text()
     assert "only a dual model has a standard half" in card.inner_text()
     page.keyboard.press("Escape")
-    assert page.locator("dialog").count() == 0
+    until(page, "document.querySelector('dialog') === null")
     plain = visit(site / "index.html", java_script_enabled=False)
     plain.locator("td.flags a.flag[href^='#']", has_text="gradient masking").first.click()
     assert plain.get_by_text("square breaks 14 samples").first.is_visible()
