@@ -182,16 +182,13 @@ class Calibration:
             wanted = round(attacked / self.right * len(self.tried))
             index = standing[: max(wanted, 1)]
             if len(index) == 0:
-                # Nobody is expected here; the bound needs a speed all the same.
-                engine.broken[:] = False
-                index = torch.arange(len(self.tried), device=engine.broken.device)
-                trial = _try(engine, stage, search, index, LATER_STEPS, LATER_SECONDS)
-                engine.broken[:] = True
-                left = 0.0
+                trial, left = _try_all(engine, stage, search), 0.0
             else:
                 steps, limit = (FIRST_STEPS, FIRST_SECONDS) if number == 0 else (LATER_STEPS, LATER_SECONDS)
                 trial = _try(engine, stage, search, index, steps, limit)
                 left = float((~engine.broken[index]).sum()) / len(index)
+            # The bound is of full batches: one sample by itself takes many times as long as one of a hundred.
+            full = trial if 2 * len(index) >= len(self.tried) or len(index) == 0 else _try_all(engine, stage, search)
             budget = tuple(self.prepared.spec.draws * passes for passes in most_passes(stage, cell.view))
             if share is None:
                 usual = USUAL.get(stage.stage, (1.0, 1.0))
@@ -203,7 +200,7 @@ class Calibration:
             made = [attacked * share.forwards, attacked * share.backwards]
             spent = [spent[kind] + made[kind] for kind in (0, 1)]
             seconds += sum(made) * trial.per_pass
-            seconds_at_most += self.right * sum(budget) * trial.per_pass
+            seconds_at_most += self.right * sum(budget) * min(trial.per_pass, full.per_pass)
             attacked *= share.standing
         self._standing = min(self._standing, attacked)
         seconds += self._around(plan, cell)
@@ -330,6 +327,16 @@ def _try(engine: Engine, stage: Attack, search: torch.dtype | None, index: Tenso
         # Starting comes once, and the steps after it many times; where most samples fall, it is what counts.
         return Trial((log[-1][0] - log[1][0]) / (log[-1][1] - log[1][1]), made / len(index))
     return Trial((end - begin) / max(made, 1), made / len(index))
+
+
+def _try_all(engine: Engine, stage: Attack, search: torch.dtype | None) -> Trial:
+    """Runs the first steps of a stage on all samples; leaves those broken that were."""
+    before = engine.broken.clone()
+    engine.broken[:] = False
+    index = torch.arange(len(before), device=before.device)
+    trial = _try(engine, stage, search, index, LATER_STEPS, LATER_SECONDS)
+    engine.broken[:] = before
+    return trial
 
 
 def _nowhere(finished: Finished) -> None:
