@@ -11,7 +11,7 @@ TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 .DELETE_ON_ERROR:
 
 help:
-	@echo "make demo    evaluate the shipped RT-ER model with AutoAttack and render its report (folder demo/)"
+	@echo "make demo    evaluate the shipped RT-ER model with AutoAttack and moe-adaptive, and render its report (folder demo/)"
 	@echo "make test    lint, types and all tests but the slow ones"
 	@echo "make lint    ruff and mypy            make types   mypy alone"
 	@echo "make slow    the slow tests           make report  render reports/ from results.db"
@@ -37,7 +37,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/pip
 
 demo: $(VENV)/.runtime
 	@mkdir -p demo
-	$(BIN)/moebench evaluate --model rt-er --attack autoattack --db demo/results.db --fresh
+	$(BIN)/moebench evaluate --model rt-er --attack autoattack,moe-adaptive --db demo/results.db --fresh
 	$(BIN)/moebench report --db demo/results.db --out demo/reports
 	@echo
 	@echo "Report:  demo/reports/index.html (open it in a browser)"
