@@ -8,6 +8,7 @@ of a task for the next one, so the model is built once per process all the same.
 from __future__ import annotations
 
 import os
+import uuid
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -107,8 +108,8 @@ class RayEngine:
             return
         self._sent = None  # the last model's bytes go before the next one's come
         on_cpu = _on_cpu(model, search)
-        parcel = pack(*on_cpu)
-        handle = worker.Handle(ray().put(parcel), parcel.digest, self.device, self._threads())
+        parcel = ray().put(pack(lambda: ray().put(on_cpu)))
+        handle = worker.Handle(parcel, uuid.uuid4().hex, self.device, self._threads())
         try:
             ray().get(self._look.remote(handle))
         except exceptions().RayError as error:

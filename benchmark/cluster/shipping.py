@@ -1,6 +1,6 @@
-"""A model as bytes: what the driver packs once, and what a worker makes of it once.
+"""A model on its way to the workers: what the driver packs once, and what a worker must do before it can build it.
 
-The network is pickled as it is, weights included, with the faster copy that the search runs on: a worker need have
+Ray carries the network as it is, weights included, with the faster copy that the search runs on: a worker need have
 neither the weights file nor what a user's factory reads. Classes of moebench and of installed packages travel by name,
 and workers must have the same version of moebench. Those of a user's file travel as source text, with the modules that
 the file has imported from its own folder.
@@ -12,19 +12,16 @@ import hashlib
 import importlib.abc
 import importlib.machinery
 import linecache
-import pickle
 import sys
 import tokenize
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
-from importlib import import_module
-from io import BytesIO
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
-from torch import nn
 from typing_extensions import override
 
 import moebench
@@ -48,46 +45,42 @@ class Source:
 
 @dataclass(frozen=True)
 class Parcel:
-    """A model as bytes.
+    """A model, and what its classes need.
 
-    `code` is the digest of the sources of moebench that packed it, `digest` that of the whole parcel.
+    `model` refers to the network and its copy in the object store: they can be fetched only once `admit` has made
+    their modules importable. `code` is the digest of the sources of moebench that packed it.
     """
 
-    pickled: bytes
+    model: Any
     sources: Mapping[str, Source]
     code: str
-    digest: str
 
 
-def pack(model: nn.Module, search: nn.Module) -> Parcel:
-    """The model and the copy of it that is searched, which may be the model itself.
+def pack(put: Callable[[], Any]) -> Parcel:
+    """A parcel of the model that `put` puts into the object store, returning a reference.
 
     Raises:
-        UsageError: one of them cannot be pickled, or lies beside more source than is sent.
+        UsageError: it cannot be serialised, or lies beside more source than is sent.
     """
     sources = user_sources()
-    stream = BytesIO()
     try:
-        import_module("ray.cloudpickle").CloudPickler(stream, protocol=pickle.HIGHEST_PROTOCOL).dump((model, search))
+        model = put()
     except Exception as error:
-        # A user's model may hold anything: an open file, a lock, a generator.
-        text = f"{type(error).__name__}: {first_line(error)}"
+        # A user's model may hold anything: an open file, a lock, a generator. Ray says first what it tried.
+        cause = error.__cause__ or error
+        text = f"{type(cause).__name__}: {first_line(cause)}"
         raise UsageError(
             f"the model cannot be sent to other machines ({text}); leave out --engine ray, or keep what cannot be "
             "pickled out of the model"
         ) from error
-    pickled = stream.getvalue()
-    digest = hashlib.sha256(pickled)
-    for name, source in sorted(sources.items()):
-        digest.update(f"{name}\n{source.text}".encode())
-    return Parcel(pickled, sources, package_digest(), digest.hexdigest())
+    return Parcel(model, sources, package_digest())
 
 
-def unpack(parcel: Parcel) -> tuple[nn.Module, nn.Module]:
-    """The model and its copy.
+def admit(parcel: Parcel) -> None:
+    """Makes the modules of a parcel importable here.
 
     Raises:
-        RunError: this machine has another moebench, or lacks a module.
+        RunError: this machine has another moebench.
     """
     if parcel.code != package_digest():
         raise RunError(
@@ -95,13 +88,6 @@ def unpack(parcel: Parcel) -> tuple[nn.Module, nn.Module]:
             f"driver (sources {parcel.code[:12]}); install the same on all"
         )
     _Finder.serve(parcel.sources)
-    try:
-        model, search = pickle.loads(parcel.pickled)
-    except ModuleNotFoundError as error:
-        raise RunError(
-            f"{first_line(error)} on this machine; install it on all, or give the model as FILE.py:FACTORY"
-        ) from error
-    return model, search
 
 
 @cache

@@ -17,8 +17,8 @@ from moebench.attacks._engine import Samples
 from moebench.attacks._memory import keep_freed_memory
 from moebench.attacks._random import sample_keys
 from moebench.cells import search_samples
-from moebench.cluster.connection import ray
-from moebench.cluster.shipping import Parcel, unpack
+from moebench.cluster.connection import exceptions, ray
+from moebench.cluster.shipping import Parcel, admit
 from moebench.errors import RunError, first_line
 from moebench.schema import CellSpec, Chunk, IntArray, ThreatModel
 from moebench.work import CellWork
@@ -63,10 +63,13 @@ class Found:
 
 @dataclass(frozen=True)
 class Handle:
-    """Where a model's parcel lies in the object store; inside of this record, it is fetched only where it is needed."""
+    """Where a model's parcel lies in the object store; inside of this record, it is fetched only where it is needed.
+
+    `name` is that of this sending of the model.
+    """
 
     parcel: Any
-    digest: str
+    name: str
     device: str
     threads: int
 
@@ -116,16 +119,36 @@ def _search(handle: Handle, facts: StageFacts, shard: Shard) -> Found:
 
 def _model(handle: Handle) -> tuple[nn.Module, nn.Module]:
     """The model on this process's device; one is kept, for the shards that follow."""
-    if handle.digest not in _models:
+    if handle.name not in _models:
         _models.clear()
         parcel = ray().get(handle.parcel)
         assert isinstance(parcel, Parcel)
         torch.set_num_threads(handle.threads)
         if handle.device == "cpu":
             keep_freed_memory()
-        model, search = (network.to(handle.device).eval() for network in unpack(parcel))
-        _models[handle.digest] = (model, search)
-    return _models[handle.digest]
+        admit(parcel)
+        model, search = (network.to(handle.device).eval() for network in _fetched(parcel))
+        _models[handle.name] = (model, search)
+    return _models[handle.name]
+
+
+def _fetched(parcel: Parcel) -> tuple[nn.Module, nn.Module]:
+    """The network and its copy, built by Ray from the object store.
+
+    Raises:
+        RunError: this machine lacks a module.
+    """
+    try:
+        model, search = ray().get(parcel.model)
+    except exceptions().RaySystemError as error:
+        # What went wrong while it was built comes as an error of the system.
+        cause = error.client_exc
+        if not isinstance(cause, ModuleNotFoundError):
+            raise RunError(f"{type(cause).__name__}: {first_line(cause)}") from error
+        raise RunError(
+            f"{first_line(cause)} on this machine; install it on all, or give the model as FILE.py:FACTORY"
+        ) from error
+    return model, search
 
 
 def _guarded(work: Callable[[], Result]) -> Result:
