@@ -63,13 +63,15 @@ class Booking:
             broken=torch.zeros_like(work.clean_pred, dtype=torch.bool),
             losses=work.samples.x.new_full((2, len(work.samples)), float("nan")),
         )
-        self.probe = RoutingProbe(work.model, work.samples.x, work.batch_size, work.samples.y)
         self.done: dict[str, Tensor] = {}
         self.result_id: int | None = None
+        known: list[Chunk] = []
         if store is not None:
-            self.result_id, chunks = store.open_cell(run_id, work.cell, resume=resume)
-            for chunk in chunks:
-                self._restore(chunk)
+            # First of all: where another process works on the cell, nothing need be computed to know it.
+            self.result_id, known = store.open_cell(run_id, work.cell, resume=resume)
+        self.probe = RoutingProbe(work.model, work.samples.x, work.batch_size, work.samples.y)
+        for chunk in known:
+            self._restore(chunk)
 
     def keep(self, stage: str, finished: Finished) -> None:
         """Books finished samples and commits them."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -40,11 +41,14 @@ def plan_only(spec: EvalSpec) -> list[PlannedCell]:
     return planned_cells(prepare(spec, parse_attacks(spec.attacks)))
 
 
-def planned_cells(prepared: Prepared) -> list[PlannedCell]:
-    """The cells of a prepared evaluation, with what each can cost and whether it is stored."""
+def planned_cells(prepared: Prepared, known: Sequence[StoredResult] | None = None) -> list[PlannedCell]:
+    """The cells of a prepared evaluation, with what each can cost and whether it is stored.
+
+    `known` are the finished cells of its database, None to read them.
+    """
     spec = prepared.spec
     correct = int((prepared.clean_pred == prepared.samples.y).sum())
-    stored = stored_fingerprints(spec) if not spec.fresh else set()
+    stored = set() if spec.fresh else fingerprints(stored_results(spec) if known is None else known)
     planned = []
     for plan, cell in prepared.cells:
         budgets = [most_passes(stage, cell.view) for stage, _ in searches(plan, spec.precision)]
@@ -60,9 +64,9 @@ def planned_cells(prepared: Prepared) -> list[PlannedCell]:
     return planned
 
 
-def stored_fingerprints(spec: EvalSpec) -> set[str]:
-    """The fingerprints of all finished cells of the database that a command names."""
-    return {result.cell.fingerprint for result in stored_results(spec)}
+def fingerprints(results: Sequence[StoredResult]) -> set[str]:
+    """The fingerprints of finished cells."""
+    return {result.cell.fingerprint for result in results}
 
 
 def stored_results(spec: EvalSpec) -> list[StoredResult]:

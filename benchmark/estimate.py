@@ -133,9 +133,10 @@ def planned_with_costs(prepared: Prepared, price_per_hour: float | None = None) 
         price_per_hour: of the device.
     """
     spec, begin = prepared.spec, time.perf_counter()
-    calibration = Calibration(prepared, stored_results(spec))
+    known = stored_results(spec)
+    calibration = Calibration(prepared, known)
     cells = []
-    for planned, (plan, cell) in zip(planned_cells(prepared), prepared.cells, strict=True):
+    for planned, (plan, cell) in zip(planned_cells(prepared, known), prepared.cells, strict=True):
         cost = None if planned.stored else calibration.cost(plan, cell, (planned.forwards, planned.backwards))
         cells.append(replace(planned, cost=cost))
     costs = [cell.cost for cell in cells if cell.cost is not None]

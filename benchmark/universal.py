@@ -22,7 +22,7 @@ from moebench.delta_file import (
     write_delta,
 )
 from moebench.delta_picture import Example, check_channels, write_picture
-from moebench.dry_run import stored_fingerprints
+from moebench.dry_run import fingerprints, stored_results
 from moebench.errors import UsageError
 from moebench.evaluation import EvalSpec, Listener, Prepared, cell_work, prepare, run_prepared
 from moebench.fitting import CRAFTING, fit_stage
@@ -139,7 +139,11 @@ def universal(spec: UniversalSpec, listener: Listener | None = None) -> Universa
     if spec.picture is not None:
         check_channels(prepared.dataset.shape[0])
     wanted = spec.save is not None or spec.picture is not None
-    if wanted or prepared.spec.fresh or prepared.cells[0][1].fingerprint not in stored_fingerprints(evaluation):
+    if (
+        wanted
+        or prepared.spec.fresh
+        or prepared.cells[0][1].fingerprint not in fingerprints(stored_results(evaluation))
+    ):
         prepared = _fitted(prepared, listener)
     summary = run_prepared(prepared, listener)
     stage = prepared.cells[0][0].stages[0]
