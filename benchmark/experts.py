@@ -180,8 +180,8 @@ def _layer(model: str, layers: Sequence[str], wanted: str | None) -> str:
 def _loads(gated: Prepared, layer: str) -> list[float]:
     module: nn.Module = gated.loaded.module
     parts = batches(gated.samples.x, gated.batch_size)
-    weights = torch.cat([route(module, part)[layer].weights for part in parts])
-    return [float(share) for share in weights.mean(dim=0)]
+    loads: list[float] = torch.cat([route(module, part)[layer].load() for part in parts]).mean(dim=0).tolist()
+    return loads
 
 
 def _outcomes(store: Store, fingerprint: str) -> Any:

@@ -71,9 +71,8 @@ class TokenTrace:
         """What is kept of m images whose clean selection is `before`, (m, T, E)."""
         after = routing.selected
         shared, either = (before & after).sum(dim=2), (before | after).sum(dim=2)
-        load = routing.weights / routing.weights.sum(dim=2, keepdim=True).clamp_min(1e-30)
         return {
-            "load": load.mean(dim=1),
+            "load": routing.load(),
             "entropy": entropy.mean(dim=1),
             "iou": (shared / either.clamp_min(1)).mean(dim=1),
             "changed": (before != after).any(dim=2).float().mean(dim=1),

@@ -35,6 +35,11 @@ class Routing(NamedTuple):
         """The routing of some samples."""
         return Routing(self.weights[rows], self.selected[rows])
 
+    def load(self) -> Tensor:
+        """Each expert's share of all experts' weight, (B, E); the mean over an image's tokens where they are routed."""
+        shares = self.weights / self.weights.sum(dim=-1, keepdim=True).clamp_min(1e-30)
+        return shares if shares.dim() == 2 else shares.mean(dim=1)
+
 
 def join(*routings: Routing) -> Routing:
     """The routing of several batches as that of one."""

@@ -96,6 +96,17 @@ def test_the_forced_view_of_the_whole_model_is_another_number(moebench: Terminal
     assert view["accuracy"] >= float(whole) and view["accuracy"] != alone["ra"]
 
 
+def test_load_of_experts_that_tokens_choose_is_their_share_over_images_and_tokens(moebench: Terminal) -> None:
+    found = moebench("experts", "--model", "v-moe", "--attack", "fgsm", "--n", N, "--json").json
+    layer = found["layer"]
+    assert found["layers"] == ["blocks.1.mlp", "blocks.3.mlp"] and layer == "blocks.3.mlp"
+    with torch.no_grad():
+        weights = route(load_model("v-moe"), digits(N).x)[layer].weights.flatten(0, 1)
+    loads = [row["load"] for row in found["rows"][1:]]
+    assert loads == pytest.approx((weights / weights.sum(1, keepdim=True)).mean(0).tolist())
+    assert sum(loads) == pytest.approx(1)
+
+
 def test_experts_of_a_layer_inside_a_network(moebench: Terminal) -> None:
     words = ("experts", "--model", "mine.py:layered", "--attack", "fgsm,pgd-2", "--n", N)
     found = moebench(*words, "--json").json
