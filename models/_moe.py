@@ -342,11 +342,12 @@ def soft_route(model: nn.Module, x: Tensor) -> Tape:
     """Soft weights of every layer with a gradient to x through all routing before them.
 
     Where several layers lie behind each other, each weighs the features that hard routing really gives it, and the
-    gradient passes the layers before it straight through.
+    gradient passes the layers before it straight through. That takes every expert; where no gradient is asked for
+    (under `torch.no_grad`), the same weights cost the selected experts alone.
     """
     if has_shortcut(model):
         return route(model, x, soft=True)
-    return record(model, x, soft=True, straight_through=True)
+    return record(model, x, soft=True, straight_through=torch.is_grad_enabled())
 
 
 def split_forward(model: nn.Module, x_router: Tensor, x_expert: Tensor, *, soft: bool = False) -> Tensor:

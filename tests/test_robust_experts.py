@@ -357,6 +357,28 @@ def test_soft_routing_in_depth_has_a_gradient_through_the_first_layers_choice() 
     assert bool(torch.isfinite(whole).all()) and float((whole - cut).abs().max()) > 0
 
 
+@pytest.mark.parametrize("name", ["block-moe-switch", "conv-moe"])
+def test_soft_routing_without_a_gradient_is_the_same_and_runs_selected_experts_alone(name: str) -> None:
+    model, x = undecided(name).requires_grad_(False), images(20)
+    layers = moe_layers(model)
+    runs = 0
+
+    def count(module: torch.nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
+        nonlocal runs
+        runs += len(output)
+
+    for layer in layers.values():
+        for expert in layer.experts:
+            expert.register_forward_hook(count)
+    with_gradient, runs_with = soft_route(model, x.requires_grad_()), runs
+    runs = 0
+    with torch.no_grad():
+        without = soft_route(model, x)
+    for layer_name, routing in without.items():
+        torch.testing.assert_close(routing.weights, with_gradient[layer_name].weights)
+    assert (runs_with, runs) == (4 * 20 * len(layers), 20 * len(layers))
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["block-moe-switch", "conv-moe"])
 def test_a_fixed_expert_is_a_view_and_a_model_of_its_own(name: str) -> None:
