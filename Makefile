@@ -72,12 +72,33 @@ zoo: $(VENV)/.runtime
 	for model in $$($(BIN)/moebench list models | awk '{print $$1}'); do \
 		$(BIN)/moebench train --model $$model --dataset digits --out models/weights/digits || exit 1; done
 
-# Runs what results.db lacks of the digits leaderboard; one thread, so that the numbers do not depend on the cores.
+# Runs what results.db lacks of the digits leaderboard and its findings (hours); one thread, so that the numbers do not
+# depend on the cores.
+SHIPPED = $$($(BIN)/moebench list models | grep -v "no weights shipped" | awk '$(1) {print $$1}')
+RT_ER := st-moe at-moe at-moe-top2 trades-moe rt-er rt-er-top2 rt-er-e3 rt-er-e4 rt-er-e5 rt-er-official dual-moe jtd-moe
 results: export OMP_NUM_THREADS = 1
 results: $(VENV)/.runtime
 	$(BIN)/moebench sweep --suite v1 --datasets digits
 	$(BIN)/moebench evaluate --model dual-moe --set mixing=probabilities --attack fgsm,pgd-50
 	$(BIN)/moebench evaluate --model dual-moe --set mixing=probabilities --attack autoattack,moe-adaptive,universal-pgd --view whole
+	set -e; for mixing in logits probabilities; do for alpha in 0.5 0.6 0.8 0.9; do \
+		$(BIN)/moebench evaluate --model dual-moe --set mixing=$$mixing --set alpha=$$alpha --attack pgd-50,autoattack --view whole; \
+	done; done
+	set -e; for model in $(call SHIPPED,$$2 == "moe" || $$2 == "dual"); do \
+		$(BIN)/moebench experts --model $$model --attack pgd-20; \
+	done
+	set -e; for model in $(RT_ER); do \
+		$(BIN)/moebench evaluate --model $$model --attack published:rt-er,published:rt-er-autoattack --view whole; \
+	done
+	set -e; for model in adv-moe adv-moe-cnn; do \
+		$(BIN)/moebench evaluate --model $$model --attack published:adv-moe --view whole; \
+	done
+	set -e; for model in v-moe v-moe-at vit vit-at; do \
+		$(BIN)/moebench evaluate --model $$model --attack published:v-moe --view whole; \
+	done
+	set -e; for model in $(call SHIPPED,/^(block|conv)-moe/); do \
+		$(BIN)/moebench evaluate --model $$model --attack published:robust-experts --view whole; \
+	done
 	$(BIN)/moebench report --out reports
 
 clean:
