@@ -308,6 +308,16 @@ JTD_OFFICIAL = (Phase(all_experts_loss, part="robust"), Phase(standard_loss, par
     objective=RT_ER,
 )
 @register_model(
+    "rt-er-e4",
+    summary="RT-ER with 4 experts, trained as briefly as with 3 and 5",
+    family="moe",
+    training="rt-er",
+    routing="top-1",
+    paper=ZHANG_2025,
+    recipe=Recipe(epochs=110, beta=6.0, balance=0.1),
+    objective=RT_ER,
+)
+@register_model(
     "rt-er-e5",
     summary="RT-ER with 5 experts",
     family="moe",
@@ -316,6 +326,36 @@ JTD_OFFICIAL = (Phase(all_experts_loss, part="robust"), Phase(standard_loss, par
     paper=ZHANG_2025,
     settings={"experts": 5},
     recipe=Recipe(epochs=110, beta=6.0, balance=0.1),
+    objective=RT_ER,
+)
+@register_model(
+    "rt-er-beta1",
+    summary="RT-ER with beta = 1, as brief a training as rt-er-e4 (beta = 6)",
+    family="moe",
+    training="rt-er",
+    routing="top-1",
+    paper=ZHANG_2025,
+    recipe=Recipe(epochs=110, beta=1.0, balance=0.1),
+    objective=RT_ER,
+)
+@register_model(
+    "rt-er-beta3",
+    summary="RT-ER with beta = 3, as brief a training as rt-er-e4 (beta = 6)",
+    family="moe",
+    training="rt-er",
+    routing="top-1",
+    paper=ZHANG_2025,
+    recipe=Recipe(epochs=110, beta=3.0, balance=0.1),
+    objective=RT_ER,
+)
+@register_model(
+    "rt-er-beta9",
+    summary="RT-ER with beta = 9, as brief a training as rt-er-e4 (beta = 6)",
+    family="moe",
+    training="rt-er",
+    routing="top-1",
+    paper=ZHANG_2025,
+    recipe=Recipe(epochs=110, beta=9.0, balance=0.1),
     objective=RT_ER,
 )
 @register_model(
