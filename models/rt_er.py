@@ -246,7 +246,11 @@ JTD = (
     *balanced((Phase(robust_half_loss, part="robust"),), part=lambda model: model.get_submodule("robust")),
     *balanced((Phase(standard_loss, part="standard"),), part=lambda model: model.get_submodule("standard")),
 )
-"""Each batch first steps the robust MoE, then the standard MoE on the dual model's clean cross-entropy."""
+"""Each batch first steps the robust MoE, then the standard MoE on the dual model's clean cross-entropy.
+
+The second step leaves the robust half's parameters alone, but passes the clean images through it in train mode, so its
+BatchNorm statistics count them too.
+"""
 JTD_OFFICIAL = (Phase(all_experts_loss, part="robust"), Phase(standard_loss, part="standard"))
 
 
