@@ -1,7 +1,9 @@
-"""The card of a model in words: paper, architecture, recipe, shipped weights, published claims."""
+"""The card of a model in words: paper, architecture, recipe, notes, shipped weights, published claims."""
 
 from __future__ import annotations
 
+import inspect
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 
@@ -23,8 +25,9 @@ def model_card(name: str) -> str:
     """
     entry = MODELS.get(name)
     lines = [f"{entry.name}: {entry.summary}", ""]
-    for section in (_paper(entry), _architecture(entry), _recipe(entry), _weights(entry), _claims(entry)):
-        lines += [*section, ""]
+    sections = (_paper(entry), _architecture(entry), _recipe(entry), _notes(entry), _weights(entry), _claims(entry))
+    for section in map(list, sections):
+        lines += [*section, ""] if section else []
     return "\n".join(lines).rstrip()
 
 
@@ -75,6 +78,15 @@ def _recipe(entry: ModelEntry) -> Iterator[str]:
         yield f"  trains {phase.part or 'the whole model'}{left}{when}"
     yield f"  moebench train --model {entry.name} --dataset digits"
     yield f"  --recipe takes {', '.join(recipes_of(entry.name))}"
+
+
+def _notes(entry: ModelEntry) -> Iterator[str]:
+    """What the paper's file says at its head: formulas, what differs from the paper or its code, the paper's recipe."""
+    text = inspect.cleandoc(sys.modules[entry.build.__module__].__doc__ or "")
+    rest = text.partition("\n")[2].strip()
+    if rest:
+        yield "Notes: formulas, and what differs from the paper or its code"
+        yield from (f"  {line}".rstrip() for line in rest.splitlines())
 
 
 def _weights(entry: ModelEntry) -> Iterator[str]:

@@ -9,9 +9,10 @@ probabilities by
 
     r(x) = min_{j != y} [alpha (F_R,y(x) - F_R,j(x)) + alpha - 1] / [alpha (L_y + L_j)],
 
-which needs a margin of at least (1 - alpha) / alpha. The constants of a network are not known. `slopes` takes the
-largest gradient at some points of the ball instead, which is no upper bound: a radius made of it is an *estimate*. It
-is also blind to the jumps of top-k routing, where F has no gradient at all. `certified_radius` is a certificate, by
+which needs a margin of at least (1 - alpha) / alpha. The paper makes L_c of the constants of experts and router,
+sum_i a_i Lip(f_i,c) + M Lip(a_i) with M >= |f_i,c|, and those of a network are not known. `slopes` takes the largest
+gradient of F at some points of the ball instead, which is no upper bound: a radius made of it is an *estimate*. It is
+also blind to the jumps of top-k routing, where F has no gradient at all. `certified_radius` is a certificate, by
 interval bounds and for every expert that the router can reach, and accordingly small.
 """
 

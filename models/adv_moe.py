@@ -9,7 +9,7 @@ Networks", ICCV 2023 (arXiv 2308.10110). Every batch takes two steps, each on ad
 
 with p the prediction and a the router's softmax. `router_target=label-mod` is the router's step of the published code
 (revision a614547): CE(g(x), y mod E) + beta KL(a(x) || a(x_adv)) for router logits g, so that the label picks the
-expert; `label_weight` weighs the first term.
+expert; `label_weight` weighs the first term. That code has beta = 6 in both steps, as here.
 
 `adv-moe-cnn` is the paper's network: in every 3×3 convolution of the residual blocks each expert has filters of its
 own, one decision per image holds for all layers, and the rest (stem, shortcuts, BatchNorm, classifier) is shared.
@@ -17,8 +17,10 @@ own, one decision per image holds for all layers, and the rest (stem, shortcuts,
 AdvMoE.
 
 Differs from the published code: images are normalised, for network and router alike; the two passes of a step share
-BatchNorm's statistics; the digits' recipes balance the load of the experts (balance=0 for the paper's losses). The
-paper's ResNet-18 with ratio 0.5 and two experts on CIFAR-10, and the same training for four ResNet-18:
+BatchNorm's statistics; the epoch is chosen on validation images instead of the test set; the digits' recipes balance
+the load of the experts (balance=0 for the paper's losses).
+
+The paper's ResNet-18 with ratio 0.5 and two experts on CIFAR-10, and the same training for four ResNet-18:
 
     moebench train --model adv-moe-cnn --dataset cifar10 --device cuda --set epochs=100 --set batch_size=128
         --set optimizer=sgd --set schedule=cosine --set lr_high=0.1 --set lr_low=0.0 --set weight_decay=5e-4

@@ -5,18 +5,34 @@ Zhang, Xu, Hu and Wang, "Optimizing Robustness and Accuracy in Mixture of Expert
 
     F(x) = sum_i a_i(x) f_i(x),    a = softmax of the router, top-1 with weight 1 unless stated otherwise.
 
-Differs from the published code, where the paper's formula is another one: the router is trained (straight-through; the
-code's router gets no gradient), BatchNorm statistics come from whole batches, attacks run in float32 with a real
-random start. `rt-er-official` keeps what the code does to the router and to the choice of the second expert, and
-`jtd-moe-official` its KL on all experts; what is plainly a slip there (16-bit attacks whose gradients vanish, a
-constant random start, BatchNorm on single images, stale gradients in JTDMoE) is not repeated.
+    RT-ER:    CE(F(x_adv), y) + beta KL( p_s(x) || p_s(x_adv^s) ), s the expert that the router ranks second at x_adv
+    JTDMoE:   the RT-ER loss of F_R for F_R's parameters, then CE(F_D(x), y) on clean x for F_S's, in every batch
+    official: s ranked second at x, routers never trained; in JTDMoE beta sum_i KL( p_i(x) || p_i(x_adv^i) ) over all
+              experts i and images instead of s
 
-The registered recipes are for the digits. The paper's for CIFAR-10, with 3×32×32 images and ResNet-18 experts:
+with F_D = (1 - alpha) F_S + alpha F_R of a standard and a robust MoE.
 
-    --set epochs=130 --set batch_size=512 --set lr_low=5e-5 --set lr_high=1e-4 --set cycles=13 --set translate=2
-    --set flip=True
+Differs from the paper: its KL is at x_adv, which attacks the MoE, here at x_adv^s, a second attack on expert s alone,
+as in its code; a tenth of the switch loss keeps the routers in use (balance=0 for the paper's losses); the epoch is
+chosen by validation instead of the last one kept; ViT-small starts from fresh weights instead of ImageNet's. The paper
+leaves open how top-2 mixes (here by the two softmax weights over their sum), the weight of TRADES (6) and whether F_D
+mixes logits or probabilities (`mixing`; here logits, as in its code).
 
-and beta 1, 3, 6 or 9 by `--set beta=`, 3 to 5 experts by `--set experts=`. The paper's cutout is not offered.
+Differs from the published code: the router is trained (straight-through; the code's router gets no gradient),
+BatchNorm statistics come from whole batches, attacks run in float32 with a real random start. Pixels are normalised by
+0.5 and 0.5, not by the data's mean and deviation, and Adam's momentum stands still while the rate swings.
+`rt-er-official` keeps what the code does to the router and to the choice of the second expert, and `jtd-moe-official`
+its KL on all experts; what is plainly a slip there (16-bit attacks whose gradients vanish, a constant random start,
+BatchNorm on single images, stale gradients in JTDMoE) is not repeated.
+
+The registered recipes are for the digits. The paper's for CIFAR-10, with ResNet-18 experts:
+
+    moebench train --model rt-er --dataset cifar10 --device cuda --set epochs=130 --set batch_size=512
+        --set lr_low=5e-5 --set lr_high=1e-4 --set cycles=13 --set translate=2 --set flip=True --set balance=0.0
+
+and beta 1, 3, 6 or 9 by `--set beta=`, 3 to 5 experts by `--set experts=`. Its ViT-small experts on TinyImageNet,
+resized to 224 pixels, are fine-tuned for 10 epochs at eps 2/255 in steps of eps (epochs=10, step_fraction=1). The
+paper's cutout is not offered.
 """
 
 from __future__ import annotations
@@ -230,7 +246,11 @@ JTD = (
     *balanced((Phase(robust_half_loss, part="robust"),), part=lambda model: model.get_submodule("robust")),
     *balanced((Phase(standard_loss, part="standard"),), part=lambda model: model.get_submodule("standard")),
 )
-"""Each batch first steps the robust MoE, then the standard MoE on the dual model's clean cross-entropy."""
+"""Each batch first steps the robust MoE, then the standard MoE on the dual model's clean cross-entropy.
+
+The second step leaves the robust half's parameters alone, but passes the clean images through it in train mode, so its
+BatchNorm statistics count them too.
+"""
 JTD_OFFICIAL = (Phase(all_experts_loss, part="robust"), Phase(standard_loss, part="standard"))
 
 

@@ -9,8 +9,17 @@ the logits are those of sub-model argmax_i R_i(x). As a MoE layer: top-1 routing
 themselves are the router. Attacks on the selected output, on the mixture by softmax_i(T R_i) and on each sub-model are
 the views `whole`, `smooth` and `expert[i]`.
 
-Differs from the published code: adversarial images are made in eval mode. It detaches the selection from the gradient,
-so its attacks never push the selector; the views `smooth` and `straight-through` and the region attack do.
+In training, with f_i the logits, w = softmax_i(T R_i) without a gradient and lambda = 1,
+
+    L(x, y) = mean sum_i w_i CE(f_i(x), y) + lambda mean_i BCE(R_i(x), p_i,y(x)),    total L(x, y) + L(x_adv, y)
+
+where p_i,y has no gradient, nor has max_c p_i,c where f_i is right. A_i is a linear map of f_i's pooled features, or
+comes from a second trunk on the same stem (`confidence=complex`).
+
+Differs from the published code: adversarial images are made in eval mode; clean and adversarial ones share BatchNorm's
+statistics in one pass; pixels are normalised by 0.5 and 0.5; the epoch is chosen by validation. The code detaches the
+selection from the gradient, so its attacks never push the selector; the views `smooth` and `straight-through` and the
+region attack do.
 
 The paper's three ResNet-20 on CIFAR-10, as its code trains them (the radius is the threat model's, 8/255; theirs 0.03):
 
@@ -218,6 +227,7 @@ def synergy_loss(answers: Tensor, y: Tensor, temperature: float, recipe: SoEReci
         temperature: T.
         recipe: `beta` and the kind of weights.
     """
+    answers = answers.float()
     logits, sure = answers[..., :-1], answers[..., -1].sigmoid()
     probs = logits.softmax(dim=2)
     labels = y.unsqueeze(1).expand(-1, answers.shape[1])
@@ -227,7 +237,10 @@ def synergy_loss(answers: Tensor, y: Tensor, temperature: float, recipe: SoEReci
     scores = temperature * rectified if recipe.weights == "confidence" else -losses
     weights = scores.detach().softmax(dim=1)
     truth = probs.gather(2, labels.unsqueeze(2)).squeeze(2).detach()
-    return (weights * losses).sum(dim=1).mean() + recipe.beta * F.binary_cross_entropy(rectified, truth)
+    # Autocast on a GPU refuses this function, whatever the type of its arguments.
+    with torch.autocast(answers.device.type, enabled=False):
+        confidence = F.binary_cross_entropy(rectified, truth)
+    return (weights * losses).sum(dim=1).mean() + recipe.beta * confidence
 
 
 def soe_loss(model: SoE, x: Tensor, y: Tensor, adversary: Adversary, recipe: SoERecipe) -> Tensor:

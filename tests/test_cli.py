@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 from commands import DENSE, MOE, USER_MODELS, Terminal, shipped, write_npz
 
+from moebench.cards import model_card
 from moebench.commands._tables import HEADINGS, results_lines
 from moebench.metrics import standing, wilson
+from moebench.models import MODELS
 from moebench.models._weights import SHIPPED
 from moebench.schema import ResultRecord
 from moebench.store import Store
@@ -436,6 +438,34 @@ def test_the_card_of_a_model(moebench: Terminal) -> None:
     ):
         assert text in said.out, text
     assert "sha256" in moebench("show", DENSE).out
+
+
+@pytest.mark.parametrize(
+    ("name", "texts"),
+    [
+        ("rt-er", ["Differs from the paper: ", "Differs from the published code: "]),
+        ("jtd-moe-official", ["its KL on all experts", "KL( p_i(x) || p_i(x_adv^i) )"]),
+        ("adv-moe", ["Differs from the published code: ", "CE(g(x), y mod E)"]),
+        ("soe", ["Differs from the published code: ", "R_i(x) = A_i(x) max_c p_i,c(x)"]),
+        ("dwf", ["No code is published"]),
+    ],
+)
+def test_the_card_says_what_differs_from_the_paper(name: str, texts: list[str]) -> None:
+    said = model_card(name)
+    for text in texts:
+        assert text in said, text
+
+
+@pytest.mark.parametrize("name", MODELS.names())
+def test_every_card_has_paper_bibtex_recipe_and_claims(name: str) -> None:
+    said, entry = model_card(name), MODELS.get(name)
+    assert entry.paper is not None and entry.recipe is not None
+    assert entry.routing is None or "Differs from the p" in said or "No code is published" in said
+    for line in entry.paper.bibtex.splitlines():
+        assert line.strip() in said
+    for text in (entry.paper.title, f"Recipe ({entry.training})", f"epochs={entry.recipe.epochs}", "Claims (published"):
+        assert text in said
+    assert said.count(f"train --model {name} --dataset digits") == 1
 
 
 def test_a_run_is_shown_by_the_start_of_its_id(moebench: Terminal) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,13 +13,15 @@ from small_models import Flat, Shift
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from moebench.datasets import load_dataset
 from moebench.errors import UsageError
-from moebench.models import MODELS
+from moebench.models import MODELS, ModelEntry
 from moebench.models._moe import moe_layers
 from moebench.models._objectives import kl_divergence
 from moebench.models.ensemble import Ensemble, majority_vote
 from moebench.models.rt_er import ClassifierMoE, DualModel, all_experts_loss
 from moebench.schema import ThreatModel
+from moebench.train import Trainer, TrainSpec
 from moebench.training_adversary import TrainingAdversary
 
 DIGITS, CIFAR, LARGE = (1, 8, 8), (3, 32, 32), (3, 224, 224)
@@ -74,34 +78,77 @@ def test_the_dual_model_is_of_89_million() -> None:
     assert round((8 * RESNET18 + 2 * ROUTER) / 1e6, 1) == 89.4
 
 
-@pytest.mark.parametrize(
-    ("name", "experts"),
-    [
-        ("resnet18-at", 1),
-        ("st-moe", 2),
-        ("at-moe-top2", 3),
-        ("trades-moe", 2),
-        ("rt-er", 4),
-        ("rt-er-official", 2),
-        pytest.param("jtd-moe", 4, marks=pytest.mark.slow),
-        pytest.param("jtd-moe-official", 4, marks=pytest.mark.slow),
-    ],
-)
-def test_one_training_step_at_full_size(name: str, experts: int) -> None:
-    """Two images of 3×32×32 through ResNet-18 experts; an attack of one step."""
-    torch.manual_seed(0)
-    entry = MODELS.get(name)
+FAMILY = {f"moebench.models.{name}" for name in ("adv_moe", "ensemble", "resnet", "rt_er", "soe")}
+SLOW = {"jtd-moe", "jtd-moe-official"}
+
+
+def trained_alike() -> list[str]:
+    """One name for each way to train each network of the family; only numbers of the recipe may differ from it."""
+    first: dict[Any, str] = {}
+    for name in MODELS.names():
+        entry = MODELS.get(name)
+        if entry.build.__module__ in FAMILY and entry.objective:
+            losses = tuple((str(phase.loss), phase.part) for phase in entry.objective)
+            first.setdefault((entry.build, tuple(sorted(entry.settings.items())), losses), name)
+    return list(first.values())
+
+
+def take_a_step(model: nn.Module, entry: ModelEntry, shape: tuple[int, int, int], phases: slice = slice(None)) -> None:
+    """Every phase of the objective takes its step on two images, and moves its own part of the model alone."""
     assert entry.recipe is not None
-    recipe = replace(entry.recipe, attack_steps=1)
-    model = entry.make(10, CIFAR, **({"experts": experts} if entry.routing else {})).train()
-    adversary = TrainingAdversary(model, ThreatModel("Linf", 8 / 255), recipe, seed=0)
-    for phase in entry.objective:
-        loss = phase.loss(model, images(2, CIFAR), torch.tensor([3, 7]), adversary, recipe)
+    brief = {"attack_steps": 1, **({"inner_steps": 1} if hasattr(entry.recipe, "inner_steps") else {})}
+    recipe = replace(entry.recipe, **brief)
+    adversary = TrainingAdversary(model.train(), ThreatModel("Linf", 8 / 255), recipe, seed=0)
+    x, y = images(2, shape), torch.tensor([3, 7])
+    for phase in entry.objective[phases]:
+        own = {id(parameter) for parameter in phase.parameters(model)}
+        before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+        model.zero_grad(set_to_none=True)
+        loss = phase.loss(model, x, y, adversary, recipe)
         assert torch.isfinite(loss)
         torch.autograd.backward(loss)
-        gradients = [parameter.grad for parameter in phase.parameters(model) if parameter.grad is not None]
-        assert gradients and all(bool(torch.isfinite(gradient).all()) for gradient in gradients)
-        assert any(bool((gradient != 0).any()) for gradient in gradients)
+        torch.optim.SGD(phase.parameters(model), lr=0.1).step()
+        moved = 0
+        for name, parameter in model.named_parameters():
+            assert bool(torch.isfinite(parameter).all()), name
+            changed = not torch.equal(before[name], parameter)
+            assert id(parameter) in own or not changed, name
+            moved += changed
+        assert moved > 0
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in trained_alike()]
+)
+def test_one_training_step_at_full_size(name: str) -> None:
+    """3×32×32 images through the networks of the papers, with all their experts; an attack of one step."""
+    torch.manual_seed(0)
+    entry = MODELS.get(name)
+    take_a_step(entry.make(10, CIFAR), entry, CIFAR)
+
+
+@pytest.mark.parametrize("name", ["resnet18-at", "resnet34-at", "resnet50-at", "wrn-at", "vgg-at"])
+def test_one_training_step_of_the_dense_baselines(name: str) -> None:
+    """The last phase, which is on adversarial images of the whole radius."""
+    torch.manual_seed(0)
+    entry = MODELS.get(name)
+    take_a_step(entry.make(10, CIFAR), entry, CIFAR, slice(-1, None))
+
+
+def test_one_training_step_of_two_trunks_at_full_size() -> None:
+    torch.manual_seed(0)
+    entry = MODELS.get("soe")
+    model = entry.make(10, CIFAR, confidence="complex")
+    # Of ResNet-20 and its 64 -> 1 instead of 64 -> 10, without the stem.
+    assert parameters(model) == 3 * (272_474 + 272_474 - 9 * 65 - 3 * 16 * 9 - 2 * 16)
+    take_a_step(model, entry, CIFAR)
+
+
+@pytest.mark.parametrize("name", ["st-moe", pytest.param("rt-er", marks=pytest.mark.slow)])
+def test_one_training_step_of_vit_small_experts(name: str) -> None:
+    torch.manual_seed(0)
+    entry = MODELS.get(name)
+    take_a_step(entry.make(200, LARGE), entry, LARGE)
 
 
 # --- settings
@@ -152,7 +199,77 @@ def test_dual_model_takes_its_alphas() -> None:
         torch.testing.assert_close(model(x), (1 - alpha) * base.standard(x) + alpha * base.robust(x))
 
 
-# --- JTDMoE as its code has it
+@torch.no_grad()
+@pytest.mark.parametrize("alpha", [0.5, 0.7, 0.9, 1.0])
+def test_dual_model_mixes_probabilities_on_request(alpha: float) -> None:
+    torch.manual_seed(0)
+    x, model = images(5), MODELS.get("dual-moe").make(10, DIGITS, alpha=alpha, mixing="probabilities").eval()
+    assert isinstance(model, DualModel)
+    for half in (model.standard, model.robust):
+        for expert in half.moe.experts:
+            expert.get_parameter("fc.weight").mul_(10)
+    standard, robust = model.standard(x), model.robust(x)
+    mixed = (1 - alpha) * standard.softmax(1) + alpha * robust.softmax(1)
+    torch.testing.assert_close(model(x).exp(), mixed)
+    torch.testing.assert_close(model.mix(model.expert_outputs(x), model.route(x)), model(x))
+    logits = (1 - alpha) * standard + alpha * robust
+    assert alpha == 1 or not torch.allclose(model(x).exp(), logits.softmax(1), atol=1e-3)
+
+
+def test_a_sure_standard_half_outvotes_the_robust_one_in_logits_only() -> None:
+    """What the certificate presumes: a margin of F_R above (1 - alpha) / alpha decides, whatever F_S says."""
+    robust, standard = torch.tensor([[4.0, 0.0]]), torch.tensor([[0.0, 90.0]])
+    for mixing, winner in (("logits", 1), ("probabilities", 0)):
+        model = MODELS.get("dual-moe").make(2, DIGITS, alpha=0.7, mixing=mixing)
+        assert isinstance(model, DualModel)
+        assert int(model._combine(standard, robust).argmax(1)) == winner
+    with pytest.raises(UsageError, match="mixing must be 'logits' or 'probabilities', got 'votes'"):
+        MODELS.get("dual-moe").make(10, DIGITS, mixing="votes")
+
+
+def test_what_the_paper_says_is_the_default_and_what_the_code_does_is_named() -> None:
+    """Router, experts, k, beta and alpha of every registered variant."""
+    for name in MODELS.names():
+        entry = MODELS.get(name)
+        if entry.build.__module__ != "moebench.models.rt_er":
+            continue
+        official = name.endswith("-official")
+        model = entry.make(10, DIGITS)
+        assert not isinstance(model, DualModel) or (model.alpha, model.mixing) == (0.7, "logits")
+        for layer in moe_layers(model).values():
+            count = re.search(r"-e(\d)$", name)
+            assert len(layer.experts) == (int(count[1]) if count else 4)
+            assert layer.top_k == (2 if name.endswith("top2") else 1)
+            assert layer.router_mode == ("frozen" if official else "trained")
+            assert all(parameter.requires_grad != official for parameter in layer.router.parameters())
+        assert entry.recipe is not None
+        sweep = re.search(r"-beta(\d)$", name)
+        assert entry.recipe.beta == (float(sweep[1]) if sweep else 6.0)
+        assert entry.recipe.attack_steps * entry.recipe.step_fraction == 2.5, "PGD-10 with steps of eps / 4"
+        assert entry.recipe.balance == (0.0 if official or not entry.objective else 0.1)
+        started = {"standard": "st-moe", "robust": "rt-er"} if name in ("dual-moe", "jtd-moe") else {}
+        assert dict(entry.recipe.init_from) == started
+
+
+# --- JTDMoE, and as its code has it
+
+
+def test_joint_training_moves_each_half_by_its_own_step_alone(tmp_path: Path) -> None:
+    """Nothing of the standard half's gradient or momentum is left over for the next robust step, and vice versa."""
+    sets = load_dataset("digits", split="train"), load_dataset("digits", split="val")
+    torch.manual_seed(0)
+    entry = MODELS.get("jtd-moe")
+    assert entry.recipe is not None
+    recipe = replace(entry.recipe, epochs=1, cycles=1, attack_steps=1)
+    model = entry.make(10, DIGITS, experts=3).train()
+    trainer = Trainer(model, entry, recipe, *sets, TrainSpec("jtd-moe", "digits", tmp_path), {})
+    x, y = trainer.x[:20], trainer.y[:20]
+    trainer._step(x, y, [True, True])
+    for active, still in (([True, False], "standard"), ([False, True], "robust")):
+        before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+        trainer._step(x, y, active)
+        moved = {name for name, parameter in model.named_parameters() if not torch.equal(before[name], parameter)}
+        assert moved and not any(name.startswith(still) for name in moved)
 
 
 def test_official_joint_loss_is_its_formula() -> None:
@@ -162,6 +279,10 @@ def test_official_joint_loss_is_its_formula() -> None:
     assert entry.recipe is not None
     model = entry.make(10, DIGITS, experts=3).eval()
     assert isinstance(model, DualModel)
+    with torch.no_grad():
+        # Large logits, so that the divergence of p from q is not nearly that of q from p.
+        for expert in model.robust.moe.experts:
+            expert.get_parameter("fc.weight").mul_(30)
     x, y = images(6), torch.arange(6)
     adversary = Shift(0.1, -0.05, 0.02, 0.2)
     found = all_experts_loss(model, x, y, adversary, entry.recipe)  # type: ignore[arg-type]

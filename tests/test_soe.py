@@ -8,6 +8,7 @@ import torch
 from small_models import Noted
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from moebench.errors import UsageError
 from moebench.loading import idle_parameters
@@ -233,6 +234,31 @@ def test_gradients_stop_where_the_paper_stops_them() -> None:
             expected = expected + slope * sure[i] * largest * (torch.tensor([0.0, 1.0]) - p[i])
         torch.testing.assert_close(found[0, i, :2], expected)
         torch.testing.assert_close(found[0, i, 2], slope * p[i].max() * sure[i] * (1 - sure[i]))
+
+
+class Watch(TorchFunctionMode):
+    """Notes under which circumstances binary cross-entropy is called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[bool, set[torch.dtype]]] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.binary_cross_entropy:
+            self.seen.append((torch.is_autocast_enabled("cpu"), {part.dtype for part in args[:2]}))
+        return func(*args, **(kwargs or {}))
+
+
+def test_confidences_are_learnt_in_float32_under_autocast() -> None:
+    """On a GPU, autocast raises an error for binary cross-entropy."""
+    model, x, y = soe(), images(6), labels(6)
+    exact = soe_loss(model, x, y, Noted(0.2), RECIPE)
+    with Watch() as watch, torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        found = soe_loss(model, x, y, Noted(0.2), RECIPE)
+    assert watch.seen == [(False, {torch.float32})] * 2
+    torch.testing.assert_close(found, exact, rtol=0.2, atol=0.2)
+    torch.autograd.backward(found)
+    assert all(parameter.grad is not None for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("adversary", ["together", "one-by-one"])

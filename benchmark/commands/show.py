@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 def show_command(what: str, db: str | None) -> None:
     """Show a model, a published protocol or a stored run.
 
-    A model's card holds paper, architecture, recipe, weights and claims, a protocol's its rule and its switches.
-    A run is named by the start of its id.
+    A model's card holds paper, architecture, recipe, what differs from the paper, weights and claims, a protocol's its
+    rule and its switches. A run is named by the start of its id.
     """
     if is_protocol(what):
         click.echo("\n".join(describe(what)))
