@@ -380,6 +380,25 @@ def test_numbers_of_a_rerouted_model_never_mix_with_its_own(moebench: Terminal) 
     assert f"loss {before:.3f} → {after:.3f}" in said.out and "predictions changed" in said.out
 
 
+def test_show_prints_what_an_attack_does_to_every_layer(moebench: Terminal) -> None:
+    run_id = moebench.evaluate("v-moe", "fgsm", 20, "--view", "whole", "--no-trust", "--json").json["run_id"]
+    with Store.open("results.db", write=False) as store:
+        (result,) = store.run(run_id).results
+    record, said = result.record, moebench("show", run_id).out
+    assert [layer.name for layer in record.routing] == ["blocks.1.mlp", "blocks.3.mlp"]
+    assert f"fgsm on whole: predictions changed {record.changed_predictions:.1%}, loss " in said
+    for layer in record.routing:
+        assert 0 < layer.iou < 1 and 0 < layer.changed < 1 and layer.entropy_clean != layer.entropy_adv
+        clean, attacked = (
+            "/".join(f"{100 * share:.0f}" for share in load) for load in (layer.load_clean, layer.load_adv)
+        )
+        assert clean != attacked and len(layer.load_clean) == 4
+        assert (
+            f"  fgsm on whole, layer {layer.name}: routes changed {layer.changed:.1%}, IoU {layer.iou:.3f}, "
+            f"entropy {layer.entropy_clean:.3f} → {layer.entropy_adv:.3f}, load {clean} → {attacked}\n"
+        ) in said
+
+
 # Losses before and after.
 
 
