@@ -7,8 +7,11 @@ import re
 import shlex
 import sys
 import traceback
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from io import TextIOWrapper
+from typing import Any
 
 import click
 
@@ -30,7 +33,7 @@ from moebench.commands.train import train_command
 from moebench.commands.transfer import transfer_command
 from moebench.commands.universal import universal_command
 from moebench.commands.verify import verify_command
-from moebench.errors import MoebenchError
+from moebench.errors import MoebenchError, Notice
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -73,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(stream, TextIOWrapper):  # an encoding without – or × is no reason to lose a result
             stream.reconfigure(errors="replace")
     try:
-        with interrupt.handling(lambda: _say(_how_to_go_on(words))):
+        with interrupt.handling(lambda: _say(_how_to_go_on(words))), _saying_notices():
             return int(cli.main(words, prog_name="moebench", standalone_mode=False) or 0)
     except click.exceptions.NoArgsIsHelpError as error:
         error.show()
@@ -99,6 +102,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _trace(debug)
         _say(f"failed: {type(error).__name__}: {error}{'' if debug else ' (--debug shows where)'}")
         return 1
+
+
+@contextmanager
+def _saying_notices() -> Iterator[None]:
+    """Notices are one line on standard error, as errors are; other warnings are left as they are."""
+    with warnings.catch_warnings():
+        show = warnings.showwarning
+
+        def say(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+            if issubclass(category, Notice):
+                _say(str(message))
+            else:
+                show(message, category, *place, **more)
+
+        warnings.simplefilter("always", Notice)
+        warnings.showwarning = say
+        yield
 
 
 def _how_to_go_on(words: Sequence[str]) -> str:

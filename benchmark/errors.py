@@ -42,6 +42,10 @@ class GoneError(RunError):
     """The database or the cluster is gone, or the run was cancelled: what is left to do must not be tried either."""
 
 
+class Notice(UserWarning):
+    """What a user should know of work that goes on all the same; the command line says it in one line."""
+
+
 def first_line(error: BaseException) -> str:
     """The error of a library in one line, for use inside a message of ours."""
     text = str(error).strip().splitlines()

@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import inspect
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -18,8 +19,8 @@ import torch
 from torch import nn
 
 from moebench.datasets import Dataset
-from moebench.errors import MoebenchError, UsageError
-from moebench.models._base import MODELS
+from moebench.errors import MoebenchError, Notice, UsageError
+from moebench.models._base import MODELS, ModelEntry
 from moebench.models._moe import moe_layers, reroute
 from moebench.models._weights import load_into, read_weights, shipped_weights, state_sha256
 from moebench.overrides import RoutingOverride, parse_routing
@@ -58,7 +59,8 @@ def load(
         dataset: decides the number of classes, the image shape, and which shipped weights are taken.
         weights: a safetensors file with its card, instead of the shipped weights.
         settings: settings of a registered model that the weights' card does not fix.
-        routing: overrides the routing of every MoE layer, see `parse_routing`; the model is then a variant of its own.
+        routing: overrides the routing of every MoE layer, see `parse_routing`; the model is then a variant of its own,
+            unless that changes nothing, of which a `Notice` tells.
         device: where the network goes.
 
     Raises:
@@ -104,6 +106,7 @@ def _from_registry(name: str, dataset: Dataset, weights: Path | None, settings: 
     if tuple(card["shape"]) != dataset.shape:
         have, need = "×".join(map(str, card["shape"])), "×".join(map(str, dataset.shape))
         raise UsageError(f"the weights {path} are for images of {have}, and {dataset.name} has {need}")
+    settings = _new_settings(name, settings, entry, card)
     changed = {**own_settings(card, entry.settings), **settings}
     module = entry.make(card["num_classes"], dataset.shape, **changed)
     load_into(module, state, str(path))
@@ -121,6 +124,19 @@ def _from_registry(name: str, dataset: Dataset, weights: Path | None, settings: 
     return LoadedModel(module, record, checkpoint, f"{name}/{entry.version}/{sorted(settings.items())}")
 
 
+def _new_settings(name: str, settings: Mapping[str, Any], entry: ModelEntry, card: Mapping[str, Any]) -> dict[str, Any]:
+    """Those settings that the model does not have already; the others would give it a second name."""
+    has = {**(entry.build.__kwdefaults__ or {}), **entry.settings, **card.get("settings", {})}
+    new = {}
+    for key, value in settings.items():
+        # 1, 1.0 and True are equal, and not every builder takes them all.
+        if key in has and type(has[key]) is type(value) and has[key] == value:
+            _note(f"--set {key}={value} changes nothing on these weights of {name}: they have it already")
+        else:
+            new[key] = value
+    return new
+
+
 def _part(loaded: LoadedModel, part: str, dataset: Dataset) -> LoadedModel:
     """One expert or one half as a model of its own: another name and another identity than the whole has."""
     whole, checkpoint = loaded.record, loaded.checkpoint
@@ -135,13 +151,22 @@ def _part(loaded: LoadedModel, part: str, dataset: Dataset) -> LoadedModel:
 
 
 def _rerouted(loaded: LoadedModel, override: RoutingOverride, dataset: Dataset) -> LoadedModel:
-    """The model with its routing overridden: another name, another program, and what it costs now."""
+    """The model with its routing overridden: another name, another program, and what it costs now.
+
+    Where the override changes nothing it stays the model that it is, so that its results are found and not made again.
+    """
     selected = [layer.top_k for layer in moe_layers(loaded.module).values()]
     try:
         reroute(loaded.module, top_k=override.top_k, barred=override.barred)
     except UsageError as error:
         raise UsageError(f"--routing {override} does not suit {loaded.record.name}: {error}") from None
-    override = override.on(selected)
+    asked, override = override, override.on(selected)
+    if override == RoutingOverride():
+        _note(
+            f"--routing {asked} changes nothing on {loaded.record.name}, whose layers select {selected[0]} already; "
+            "this is the model itself"
+        )
+        return loaded
     name = variant(loaded.record.name, f"routing={override}")
     checkpoint = replace(
         loaded.checkpoint,
@@ -152,6 +177,10 @@ def _rerouted(loaded: LoadedModel, override: RoutingOverride, dataset: Dataset) 
     return LoadedModel(
         loaded.module, replace(loaded.record, name=name), checkpoint, f"{loaded.code}/routing={override}"
     )
+
+
+def _note(text: str) -> None:
+    warnings.warn(text, Notice, stacklevel=2)
 
 
 def variant(name: str, change: str) -> str:

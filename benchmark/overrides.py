@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from moebench.errors import UsageError
 
@@ -31,13 +31,19 @@ class RoutingOverride:
         return ",".join(parts)
 
     def on(self, top_ks: Iterable[int]) -> RoutingOverride:
-        """The override by its one name on a model: `drop-best=K` where every layer selects K is `drop-best`.
+        """The override by its one name on a model.
+
+        Where every layer selects K, `top-k=K` says nothing (by itself, it is no override at all), and `drop-best=K` is
+        `drop-best`. Where layers differ, `top-k=K` changes some of them and `drop-best=K` means something else.
 
         Args:
             top_ks: how many experts each MoE layer of the model selects, before it is overridden.
         """
-        selected = set(top_ks) if self.top_k is None else {self.top_k}
-        return replace(self, barred=0) if selected == {self.barred} else self
+        before = set(top_ks)
+        after = before if self.top_k is None else {self.top_k}
+        return RoutingOverride(
+            top_k=None if before == {self.top_k} else self.top_k, barred=0 if after == {self.barred} else self.barred
+        )
 
 
 def parse_routing(text: str) -> RoutingOverride:

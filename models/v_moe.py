@@ -10,7 +10,8 @@ takes a limited number of the batch's tokens; what overflows passes by the layer
 
 Differs from the published code: all images of a batch share the experts' capacity (there, groups of eight do);
 evaluation drops no token, so that an image's logits do not hang on its neighbours; softmax cross-entropy throughout
-(there, pre-training from scratch is by the sigmoid's); adversarial training comes to its radius by steps, and its
+(there, pre-training from scratch is by the sigmoid's); router and patch embedding start as torch's layers do (there, by
+LeCun's normal distribution, of three times that variance); adversarial training comes to its radius by steps, and its
 attack does not see the auxiliary losses. The recipes are for the digits, whose model is 48 wide to stay below a
 megabyte.
 """

@@ -271,6 +271,12 @@ def test_each_view_shows_its_strongest_attack_and_layers_after_the_first_are_fol
         "layer0: pgd-50 on router",
     ]
     assert [one.first for one in shift.maps] == [True] + [False] * 7
+    page = html_of(store)
+    for layer in layers:
+        shown = (layer.iou, layer.entropy_clean, layer.entropy_adv)
+        iou, clean, attacked = (f'<td class="num">{value:.3f}</td>' for value in shown)
+        row = f'<td>whole</td><td>{layer.name}</td>{iou}<td class="num">19.0</td>{clean}{attacked}</tr>'
+        assert f'<th scope="row" class="pin">autoattack</th>{row}' in page
 
 
 def test_moves_of_tokens_are_called_tokens_and_a_wide_matrix_lists_its_largest_moves() -> None:

@@ -13,7 +13,7 @@ from toys import awake, frozen
 
 from moebench.attacks import load_attack
 from moebench.datasets import load_dataset
-from moebench.errors import UsageError
+from moebench.errors import Notice, UsageError
 from moebench.loading import load, variant
 from moebench.models import MODELS
 from moebench.models._moe import moe_layers, record, reroute
@@ -147,7 +147,15 @@ def test_other_texts_are_refused(text: str) -> None:
         ("drop-best=2", [1, 2], "drop-best=2"),
         ("top-k=1,drop-best=1", [2], "top-k=1,drop-best"),
         ("top-k=1,drop-best=2", [2], "top-k=1,drop-best=2"),
-        ("top-k=2", [2], "top-k=2"),
+        ("top-k=2", [2], ""),
+        ("top-k=2", [2, 2], ""),
+        ("top-k=2", [1, 2], "top-k=2"),
+        ("top-k=1", [2], "top-k=1"),
+        ("top-k=2,drop-best", [2, 2], "drop-best"),
+        ("top-k=2,drop-best=2", [2, 2], "drop-best"),
+        ("top-k=2,drop-best=1", [2, 2], "drop-best=1"),
+        ("top-k=2,drop-best=2", [1, 2], "top-k=2,drop-best"),
+        ("top-k=4", [4], ""),
     ],
 )
 def test_one_override_has_one_name_on_a_model(text: str, top_ks: list[int], name: str) -> None:
@@ -251,9 +259,88 @@ def test_a_rerouted_model_is_a_variant_of_its_own() -> None:
     assert variant("rt-er/expert[0]", "routing=top-k=1") == "rt-er/expert[0][routing=top-k=1]"
 
 
+def test_an_override_that_changes_nothing_is_the_model_itself() -> None:
+    data = load_dataset("digits", n=4)
+    for name, own in (("v-moe", 2), (MOE, 1), ("dwf", 9)):
+        plain = load(name, data)
+        with pytest.warns(Notice, match=f"--routing top-k={own} changes nothing on {name}, whose layers select {own}"):
+            same = load(name, data, routing=f"top-k={own}")
+        assert (same.record, same.checkpoint, same.code) == (plain.record, plain.checkpoint, plain.code)
+        assert all((layer.top_k, layer.barred) == (own, 0) for layer in moe_layers(same.module).values())
+    one, other = (load("v-moe", data, routing=text) for text in ("drop-best", "top-k=2,drop-best=2"))
+    assert (one.record, one.checkpoint, one.code) == (other.record, other.checkpoint, other.code)
+
+
+UNEVEN = """
+from small_models import LayeredMoE
+
+
+def uneven(num_classes):
+    model = LayeredMoE(64, num_classes)
+    model.second.top_k = 2
+    return model
+"""
+
+
+def test_layers_that_differ_in_their_number_of_experts(tmp_path: Path) -> None:
+    """No single top-k is that of both layers, so each changes the model; drop-best=2 is not what drop-best is."""
+    (tmp_path / "uneven.py").write_text(UNEVEN)
+    data, name = load_dataset("digits", n=4), "uneven.py:uneven"
+    names, outputs = set(), set()
+    for routing in (None, "top-k=1", "top-k=2", "drop-best=1"):
+        loaded = load(f"{tmp_path}/{name}", data, routing=routing)
+        assert loaded.record.name == (name if routing is None else f"{name}[routing={routing}]")
+        assert routing is None or loaded.code.endswith(f"/routing={routing}")
+        names.add(loaded.record.name)
+        outputs.add(float(loaded.module(torch.from_numpy(data.images)).abs().sum()))
+    assert len(names) == len(outputs) == 4
+    for routing, layer in (("drop-best", "second"), ("top-k=3,drop-best=1", "first")):
+        with pytest.raises(UsageError, match=f"--routing {routing} does not suit {name}: .*layer '{layer}'"):
+            load(f"{tmp_path}/{name}", data, routing=routing)
+
+
+def test_a_setting_that_changes_nothing_is_the_model_itself() -> None:
+    data = load_dataset("digits", n=4)
+    plain = load(MOE, data)
+    with pytest.warns(Notice, match=f"--set top_k=1 changes nothing on these weights of {MOE}: they have it already"):
+        same = load(MOE, data, settings={"top_k": 1})
+    assert (same.record, same.checkpoint, same.code) == (plain.record, plain.checkpoint, plain.code)
+    with pytest.warns(Notice, match="--set top_k=2"):
+        assert load("rt-er-top2", data, settings={"top_k": 2}).record.name == "rt-er-top2"
+    with pytest.warns(Notice, match="--set top_k=1"):
+        mixed = load(MOE, data, settings={"top_k": 1}, routing="top-k=2")
+    assert (mixed.record.name, mixed.code) == (f"{MOE}[routing=top-k=2]", f"{plain.code}/routing=top-k=2")
+
+
+@pytest.mark.parametrize("words", ["--eps 0.1", "--eps 0.1,0.2", "--eps 0.1 --dry-run"])
+def test_the_same_work_is_not_done_twice(moebench: Terminal, words: str) -> None:
+    options = ("--view", "whole", "--no-trust", "--json")
+    assert moebench.evaluate("v-moe", "fgsm", 8, *options, "--eps", "0.1,0.2", "--cold").code == 0
+    said = moebench.evaluate("v-moe", "fgsm", 8, *options, "--cold", *words.split(), "--routing", "top-k=2")
+    notes = [line for line in said.err.splitlines() if line.startswith("moebench: ")]
+    assert notes == [
+        "moebench: --routing top-k=2 changes nothing on v-moe, whose layers select 2 already; this is the model itself"
+    ]
+    if "--dry-run" in words:
+        assert [cell["stored"] for cell in said.json["cells"]] == [True]
+        return
+    assert said.json["model"] == "v-moe"
+    with Store.open("results.db", write=False) as store:
+        assert len(list(store.results())) == 2
+        (*_, again) = store.runs()
+        assert again.reused == 1 and again.model.name == "v-moe"
+    assert moebench("verify", again.run_id, "--samples", 4, "--json").json["agrees"] is True
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        ("--model dwf --routing drop-best", "layer 'moe' selects all its 9 experts, so none could take the place"),
+        ("--model dwf --routing top-k=10", "top-k must be between 1 and the 9 experts of layer 'moe', got 10"),
+        ("--model v-moe --routing top-k=0", "got 'top-k=0'"),
+        ("--model v-moe --routing topk=2", "got 'topk=2'"),
+        ("--model v-moe --routing top-k=3,drop-best", "layer 'blocks.1.mlp' has 1 of 4 left and selects 3"),
+        ("--model vit --routing top-k=1", "does not suit vit: this model has no MoE layers"),
         ("--model st-moe --routing top-k", "--routing takes top-k=N, drop-best (the selected experts) or drop-best=N"),
         (
             "--model st-moe --routing top-k=9",
@@ -291,6 +378,25 @@ def test_numbers_of_a_rerouted_model_never_mix_with_its_own(moebench: Terminal) 
     assert before is not None and after is not None and after > before
     said = moebench("show", plain["run_id"])
     assert f"loss {before:.3f} → {after:.3f}" in said.out and "predictions changed" in said.out
+
+
+def test_show_prints_what_an_attack_does_to_every_layer(moebench: Terminal) -> None:
+    run_id = moebench.evaluate("v-moe", "fgsm", 20, "--view", "whole", "--no-trust", "--json").json["run_id"]
+    with Store.open("results.db", write=False) as store:
+        (result,) = store.run(run_id).results
+    record, said = result.record, moebench("show", run_id).out
+    assert [layer.name for layer in record.routing] == ["blocks.1.mlp", "blocks.3.mlp"]
+    assert f"fgsm on whole: predictions changed {record.changed_predictions:.1%}, loss " in said
+    for layer in record.routing:
+        assert 0 < layer.iou < 1 and 0 < layer.changed < 1 and layer.entropy_clean != layer.entropy_adv
+        clean, attacked = (
+            "/".join(f"{100 * share:.0f}" for share in load) for load in (layer.load_clean, layer.load_adv)
+        )
+        assert clean != attacked and len(layer.load_clean) == 4
+        assert (
+            f"  fgsm on whole, layer {layer.name}: routes changed {layer.changed:.1%}, IoU {layer.iou:.3f}, "
+            f"entropy {layer.entropy_clean:.3f} → {layer.entropy_adv:.3f}, load {clean} → {attacked}\n"
+        ) in said
 
 
 # Losses before and after.

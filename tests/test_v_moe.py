@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from dataclasses import replace
 from functools import lru_cache
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
+import torchvision  # type: ignore[import-untyped]
 from scipy.stats import norm  # type: ignore[import-untyped]
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -91,6 +94,23 @@ def test_parameters_of_the_papers_sizes(name: str, settings: dict[str, object], 
 
 
 @pytest.mark.parametrize(
+    ("name", "settings", "millions"),
+    [
+        ("vit", {"size": "S/32"}, 36.5),
+        ("vit", {"size": "B/16"}, 100.5),
+        ("vit", {"size": "L/16"}, 323.1),
+        ("v-moe", {"size": "S/32", "where": "every-2", "experts": 32}, 296.9),
+        ("v-moe", {"size": "B/16", "where": "every-2", "experts": 32}, 979.0),
+    ],
+)
+def test_parameters_as_published(name: str, settings: dict[str, object], millions: float) -> None:
+    """Riquelme et al., 2021, count them with the head of JFT-300M's 18,291 classes behind a layer of pre-logits."""
+    with torch.device("meta"):
+        made = MODELS.get(name).make(18_291, IMAGENET, pre_logits=True, **settings)
+    assert round(sum(parameter.numel() for parameter in made.parameters()) / 1e6, 1) == millions
+
+
+@pytest.mark.parametrize(
     ("size", "blocks", "hidden", "heads"),
     [("B+/32", 15, 832, 13), ("B++/32", 18, 896, 14), ("B+++/32", 21, 960, 15), ("L/32", 24, 1024, 16)],
 )
@@ -168,6 +188,29 @@ def test_fresh_experts_are_alike_and_the_head_says_nothing() -> None:
         assert len({expert.get_parameter("0.weight").data_ptr() for expert in moe.experts}) == len(moe.experts)
         assert moe.router.get_parameter("weight").shape == (4, 48) and "bias" not in moe.router.state_dict()
     torch.testing.assert_close(made(images(3)), torch.full((3, 10), -math.log(10)))
+
+
+def test_the_dense_vit_is_torchvisions() -> None:
+    """With the same weights: norm first, class token, learned positions, last norm, pre-logits with tanh."""
+    ours = frozen(awake(MODELS.get("vit").make(10, (3, 8, 8), pre_logits=True)).double())
+    theirs = torchvision.models.VisionTransformer(
+        image_size=8, patch_size=2, num_layers=4, num_heads=3, hidden_dim=48, mlp_dim=192, num_classes=10,
+        representation_size=48,
+    )  # fmt: skip
+    state = {key: value for key, value in ours.state_dict().items() if not key.startswith("normalize.")}
+    for own, other in (
+        (r"^embedding", "conv_proj"), (r"^positions", "encoder.pos_embedding"), (r"^norm", "encoder.ln"),
+        (r"^head", "heads.head"), (r"^pre_logits\.0", "heads.pre_logits"),
+        (r"^blocks\.", "encoder.layers.encoder_layer_"),
+        (r"\.norm(\d)", r".ln_\1"), (r"attention\.qkv\.", "self_attention.in_proj_"),
+        (r"attention\.out", "self_attention.out_proj"),
+    ):  # fmt: skip
+        state = {re.sub(own, other, key): value for key, value in state.items()}
+    theirs.load_state_dict(state)
+    for block in theirs.encoder.layers:
+        block.mlp[1] = nn.GELU("tanh")  # flax's default
+    x = images(4, (3, 8, 8)).double()
+    torch.testing.assert_close(ours(x), theirs.double().eval()(2 * x - 1))
 
 
 # Routing of tokens.
@@ -360,24 +403,55 @@ def test_the_objective_is_cross_entropy_and_half_a_percent_of_the_losses_of_the_
     torch.testing.assert_close(found, expected + 0.005 * sum(terms))
 
 
-@pytest.mark.parametrize("name", ["v-moe-at", "vit-at"])
-def test_one_step_of_training_at_the_size_of_cifar(name: str) -> None:
+SGD = {"optimizer": "sgd", "momentum": 0.0}
+"""Without a state of its own, so that the largest models stay below 4 GB."""
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "settings", "changes"),
+    [
+        ("v-moe-at", CIFAR, {}, {}),
+        ("vit-at", CIFAR, {}, {}),
+        ("v-moe-at", IMAGENET, {"expert_dropout": 0.2}, {}),
+        ("vit-at", IMAGENET, {"pre_logits": True}, {}),
+        pytest.param("v-moe", IMAGENET, {"size": "B/16", "where": "every-2"}, SGD, marks=pytest.mark.slow),
+        pytest.param("v-moe", IMAGENET, {"size": "B/32", "where": "every-2"}, SGD, marks=pytest.mark.slow),
+        pytest.param("vit", IMAGENET, {"size": "B/16"}, SGD, marks=pytest.mark.slow),
+        pytest.param("vit-wide", IMAGENET, {"size": "L/32"}, SGD, marks=pytest.mark.slow),
+    ],
+)
+def test_one_step_of_training_at_the_papers_sizes(
+    name: str, shape: tuple[int, int, int], settings: dict[str, object], changes: dict[str, Any]
+) -> None:
+    """Without a size, images of 224 pixels get S/32 with 8 experts in blocks 5 and 7."""
     entry = MODELS.get(name)
     assert entry.recipe is not None
+    recipe = replace(entry.recipe, attack_steps=1, **changes)
     torch.manual_seed(0)
-    made = entry.make(10, CIFAR).train()
+    made = entry.make(1000, shape, **settings).train()
     with torch.no_grad():
         made.get_parameter("head.weight").normal_(0, 0.02)
-    before = {key: value.clone() for key, value in made.named_parameters()}
-    adversary = TrainingAdversary(made, ThreatModel("Linf", 8 / 255), replace(entry.recipe, attack_steps=1), seed=0)
-    optimizer = make_optimizer(list(made.parameters()), entry.recipe)
-    loss = entry.objective[-1].loss(made, images(4, CIFAR), torch.arange(4), adversary, entry.recipe)
+    # Copies of all of them would be as large as the model.
+    before = {key: value.clone() for key, value in made.named_parameters() if value.numel() <= 2**20}
+    adversary = TrainingAdversary(made, ThreatModel("Linf", 8 / 255), recipe, seed=0)
+    optimizer = make_optimizer(list(made.parameters()), recipe)
+    loss = entry.objective[-1].loss(made, images(3, shape), torch.arange(3), adversary, recipe)
     torch.autograd.backward(loss)
     optimizer.step()
     assert bool(torch.isfinite(loss)) and made.training
-    still = {key for key, value in made.named_parameters() if torch.equal(value, before[key])}
-    assert still <= {key for key, value in made.named_parameters() if value.grad is None or not value.grad.any()}
-    assert "embedding.weight" not in still and "blocks.5.norm2.weight" not in still
+    still = {key for key, value in before.items() if torch.equal(made.get_parameter(key), value)}
+    dead = {key for key, value in made.named_parameters() if value.grad is None or not value.grad.any()}
+    assert still <= dead, "a parameter with a gradient did not move"
+    layers = moe_layers(made)
+    last = f"blocks.{len(made.get_submodule('blocks')) - 1}"  # type: ignore[arg-type]
+    assert not dead & {"embedding.weight", "class_token", "positions", "head.weight", f"{last}.norm2.weight"}
+    assert not dead & {f"{layer}.router.weight" for layer in layers}
+    # A fresh expert may get no token of three images; no other part of a block may be left out.
+    assert all(".mlp.experts." in key for key in dead)
+    assert all(
+        not {f"{layer}.experts.{number}.0.weight" for number in range(len(moe.experts))} <= dead
+        for layer, moe in layers.items()
+    )
 
 
 @pytest.mark.parametrize("name", ["v-moe-at", "vit-at"])
