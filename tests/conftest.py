@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    pass
+    from commands import Terminal
 
 # Before a test imports numpy or torch: they read these once.
 for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
@@ -27,6 +27,26 @@ def own_data_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("MOEBENCH_DATA", str(folder))
     monkeypatch.setenv("MOEBENCH_CACHE", str(tmp_path / "moebench-cache"))
     return folder
+
+
+@pytest.fixture
+def own_work_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working folder, and no setting of the user's that commands would follow."""
+    folder = tmp_path / "work"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    for name in ("MOEBENCH_DB", "RAY_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+    return folder
+
+
+@pytest.fixture
+def moebench(own_work_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Terminal:
+    """`moebench` in that folder, to which a model's file adds no compiled one."""
+    from commands import Terminal
+
+    monkeypatch.setattr("sys.dont_write_bytecode", True)
+    return Terminal(own_work_folder, capsys)
 
 
 @pytest.fixture(scope="module")

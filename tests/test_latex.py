@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -63,16 +64,24 @@ def test_a_claims_table_shows_only_the_columns_that_have_claims() -> None:
     assert " & ".join(["a", "60.00--64.50*", *shares]) + r" \\" in table
 
 
+@cache
+def every_table() -> tuple[str, ...]:
+    """All tables of a populated store, and of one for each hostile name."""
+    stores = [demo(60), *(hostile_store(name) for name in HOSTILE)]
+    return tuple(
+        str(content)
+        for store in stores
+        for name, content in sorted(render(store).items())
+        if name.startswith("tables/")
+    )
+
+
 @LATEX
 @pytest.mark.parametrize("columns", ["", ",twocolumn"])
 def test_every_table_compiles_and_fits_its_line(columns: str, tmp_path: Path) -> None:
-    stores = [demo(60), *(hostile_store(name) for name in HOSTILE)]
-    files: list[str] = []
-    for number, store in enumerate(stores):
-        for name, content in sorted(render(store).items()):
-            if name.startswith("tables/"):
-                files.append(f"t{number}-{len(files)}.tex")
-                (tmp_path / files[-1]).write_text(content, encoding="ascii")
+    files = [f"t{number}.tex" for number in range(len(every_table()))]
+    for name, content in zip(files, every_table(), strict=True):
+        (tmp_path / name).write_text(content, encoding="ascii")
     body = "\n".join(rf"\begin{{table}}[h]\centering\input{{{name}}}\end{{table}}\clearpage" for name in files)
     (tmp_path / "doc.tex").write_text(DOCUMENT % (columns, r"\usepackage{graphicx}", body))
     assert "Overfull" not in compiled(tmp_path / "doc.tex")
