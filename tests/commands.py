@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sqlite3
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -130,6 +131,19 @@ def write_npz(path: Path, n: int = 12, shape: tuple[int, ...] = (8, 8, 1), class
     x = generator.integers(0, 256, (n, *shape), dtype=np.uint8)
     np.savez(path, x=x, y=np.arange(n, dtype=np.int64) % classes)
     return path
+
+
+def chunks_in(path: Path) -> int:
+    """How many chunks a database holds to which another process may be writing; 0 before it is one."""
+    if not path.exists():
+        return 0
+    connection = sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)
+    try:
+        return int(connection.execute("SELECT count(*) FROM chunk").fetchone()[0])
+    except sqlite3.OperationalError:  # the table is being made
+        return 0
+    finally:
+        connection.close()
 
 
 def shipped(*names: str) -> list[str]:

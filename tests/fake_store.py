@@ -58,7 +58,7 @@ def outcomes(broken: BoolArray, stage: str = "") -> Outcomes:
     """What an attack leaves that broke the given samples, all in one stage."""
     n = broken.size
     zeros, ones = np.zeros(n, dtype=np.int64), np.ones(n, dtype=np.int64)
-    stages = tuple(stage if hit else "" for hit in broken)
+    stages = tuple(stage if hit else "" for hit in broken) if stage else ("",) * n
     return Outcomes(np.arange(n), broken, zeros, broken.astype(np.int64), np.zeros(n, np.float32), ones, ones, stages)
 
 

@@ -4,7 +4,6 @@ import json
 import os
 import random
 import signal
-import sqlite3
 import subprocess
 import sys
 import time
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import DENSE, MOE
+from commands import DENSE, MOE, chunks_in
 
 from moebench.cli import main
 from moebench.store import Store
@@ -25,13 +24,10 @@ LONG = ("evaluate", "--model", DENSE, "--attack", "fgsm,pgd-50,square", "--n", "
 
 
 @pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    place = tmp_path / "work"
-    place.mkdir()
-    monkeypatch.chdir(place)
-    for variable in ("MOEBENCH_DB", "COLUMNS", "FORCE_COLOR", "NO_COLOR"):
+def folder(own_work_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for variable in ("COLUMNS", "FORCE_COLOR", "NO_COLOR"):
         monkeypatch.delenv(variable, raising=False)
-    return place
+    return own_work_folder
 
 
 def start(*words: object, **options: Any) -> subprocess.Popen[str]:
@@ -140,21 +136,9 @@ def test_results_go_to_a_file_whole_and_without_colour(folder: Path) -> None:
 
 def wait_for_work(process: subprocess.Popen[str], path: Path, committed: int) -> None:
     """Returns when the process has added so many chunks to the database, or has ended."""
-    before = chunks(path)
-    while process.poll() is None and chunks(path) < before + committed:
+    before = chunks_in(path)
+    while process.poll() is None and chunks_in(path) < before + committed:
         time.sleep(0.01)
-
-
-def chunks(path: Path) -> int:
-    if not path.exists():
-        return 0
-    connection = sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)
-    try:
-        return int(connection.execute("SELECT count(*) FROM chunk").fetchone()[0])
-    except sqlite3.OperationalError:  # the table is being made
-        return 0
-    finally:
-        connection.close()
 
 
 def kill_and_finish(folder: Path, words: Sequence[str], moments: Sequence[tuple[int, float]]) -> None:

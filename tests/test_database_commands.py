@@ -19,16 +19,6 @@ from moebench.store.migrate import REVISIONS
 DATA = Path(__file__).parent / "data"
 
 
-@pytest.fixture
-def moebench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Terminal:
-    folder = tmp_path / "work"
-    folder.mkdir()
-    monkeypatch.chdir(folder)
-    monkeypatch.delenv("MOEBENCH_DB", raising=False)
-    monkeypatch.setattr("sys.dont_write_bytecode", True)
-    return Terminal(folder, capsys)
-
-
 def sql(path: Path, *statements: str) -> None:
     with sqlite3.connect(path) as connection:
         for statement in statements:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,15 +12,6 @@ from moebench import scale
 from moebench.bill import Bill, together
 from moebench.loading import count_flops
 from moebench.models.v_moe import v_moe
-
-
-@pytest.fixture
-def moebench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Terminal:
-    folder = tmp_path / "work"
-    folder.mkdir()
-    monkeypatch.chdir(folder)
-    monkeypatch.delenv("MOEBENCH_DB", raising=False)
-    return Terminal(folder, capsys)
 
 
 def total(result: dict[str, Any]) -> int:

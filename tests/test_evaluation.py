@@ -39,16 +39,6 @@ def make():
 """
 
 
-@pytest.fixture
-def moebench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Terminal:
-    folder = tmp_path / "work"
-    folder.mkdir()
-    monkeypatch.chdir(folder)
-    monkeypatch.delenv("MOEBENCH_DB", raising=False)
-    monkeypatch.setattr("sys.dont_write_bytecode", True)
-    return Terminal(folder, capsys)
-
-
 def arrays(path: str | Path) -> dict[str, np.typing.NDArray[Any]]:
     with np.load(path, allow_pickle=False) as archive:
         return {name: archive[name] for name in archive.files}

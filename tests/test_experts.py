@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -32,14 +31,9 @@ def layered():
 
 
 @pytest.fixture
-def moebench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Terminal:
-    folder = tmp_path / "work"
-    folder.mkdir()
-    monkeypatch.chdir(folder)
-    monkeypatch.delenv("MOEBENCH_DB", raising=False)
-    monkeypatch.setattr("sys.dont_write_bytecode", True)
-    (folder / "mine.py").write_text(LAYERED)
-    return Terminal(folder, capsys)
+def moebench(moebench: Terminal) -> Terminal:
+    (moebench.folder / "mine.py").write_text(LAYERED)
+    return moebench
 
 
 def attacked(model: torch.nn.Module, attack: str) -> torch.Tensor:

@@ -10,21 +10,13 @@ from pathlib import Path
 import pytest
 from fake_store import FakeStore, claim, demo, first_broken, model, paper, protocol
 from test_export import NAMES, with_transfer
+from typesetting import DOCUMENT, LATEX, compiled
 
 from moebench.report import latex, tables
 from moebench.report.bibliography import bibliography
 from moebench.report.export import Choice, export
 from moebench.report.grid import Grid
 from moebench.report.grids import KINDS, grids
-
-LATEX = pytest.mark.skipif(shutil.which("pdflatex") is None, reason="pdflatex is not installed")
-
-DOCUMENT = r"""\documentclass[10pt%s]{article}
-\usepackage{booktabs}%s
-\begin{document}
-%s
-\end{document}
-"""
 
 
 def hostile() -> FakeStore:
@@ -42,13 +34,6 @@ def hostile() -> FakeStore:
 
 def all_grids(store: FakeStore) -> list[Grid]:
     return grids(store, tables.build(store))
-
-
-def compiled(document: Path) -> str:
-    command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "-no-shell-escape", document.name]
-    done = subprocess.run(command, cwd=document.parent, capture_output=True, text=True, errors="replace", check=False)
-    assert done.returncode == 0, done.stdout[-2000:]
-    return done.stdout
 
 
 def row_of(table: str, name: str) -> str:

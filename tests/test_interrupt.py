@@ -62,12 +62,8 @@ def one_call(): return Slow(library)
 
 
 @pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    place = tmp_path / "work"
-    place.mkdir()
-    monkeypatch.chdir(place)
-    monkeypatch.delenv("MOEBENCH_DB", raising=False)
-    return place
+def folder(own_work_folder: Path) -> Path:
+    return own_work_folder
 
 
 def allowed() -> float:

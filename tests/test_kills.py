@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import random
 import signal
-import sqlite3
 import sys
 import time
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import DENSE, MOE
+from commands import DENSE, MOE, chunks_in
 
 from moebench import turns
 from moebench.attacks._engine import Engine
@@ -40,14 +39,10 @@ SHORT = (
 
 
 @pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    place = tmp_path / "work"
-    place.mkdir()
-    monkeypatch.chdir(place)
-    monkeypatch.delenv("MOEBENCH_DB", raising=False)
+def folder(own_work_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     # Every step commits what it decided, so that there are many moments between two commits.
     monkeypatch.setitem(Engine.__init__.__kwdefaults__, "flush_seconds", 0.0)
-    return place
+    return own_work_folder
 
 
 def everything(path: str) -> dict[tuple[str, str], list[Any]]:
@@ -72,18 +67,6 @@ def everything(path: str) -> dict[tuple[str, str], list[Any]]:
     return found
 
 
-def commits(path: Path) -> int:
-    if not path.exists():
-        return 0
-    connection = sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)
-    try:
-        return int(connection.execute("SELECT count(*) FROM chunk").fetchone()[0])
-    except sqlite3.OperationalError:  # the table is being made
-        return 0
-    finally:
-        connection.close()
-
-
 def in_a_child(words: Sequence[str]) -> int:
     """Runs a command in a process that has everything imported already; returns its number."""
     child = os.fork()
@@ -100,9 +83,9 @@ def in_a_child(words: Sequence[str]) -> int:
 
 def killed(words: Sequence[str], database: Path, wanted: int, seconds: float) -> bool:
     """Kills a command `seconds` after its `wanted`-th commit; says whether it had not ended before."""
-    target = commits(database) + wanted
+    target = chunks_in(database) + wanted
     child = in_a_child(words)
-    while commits(database) < target:
+    while chunks_in(database) < target:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
             assert os.waitstatus_to_exitcode(status) == 0
@@ -125,7 +108,7 @@ def kill_and_compare(folder: Path, words: Sequence[str], kills: int, seed: int) 
         command = [*words, "--db", database.name]
         while left > 0 and killed(command, database, chance.randint(0, 4), chance.uniform(0, 0.05)):
             left -= 1
-            if database.exists() and commits(database):
+            if database.exists() and chunks_in(database):
                 with Store.open(database, write=False) as store:
                     assert store.check() == []
         assert main(command) == 0

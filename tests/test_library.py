@@ -6,7 +6,6 @@ import random
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -37,15 +36,6 @@ LINF = {
 }
 COLOUR_ONLY = {"TIFGSM", "PIFGSM", "PIFGSMPP"}
 WORKING: dict[Norm, set[str]] = {"Linf": ANY_NORM | LINF, "L2": ANY_NORM | {"PGDL2", "PGDRSL2"}}
-
-
-@pytest.fixture
-def moebench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Terminal:
-    folder = tmp_path / "work"
-    folder.mkdir()
-    monkeypatch.chdir(folder)
-    monkeypatch.delenv("MOEBENCH_DB", raising=False)
-    return Terminal(folder, capsys)
 
 
 def small(kind: str, **changes: Any) -> AttackPlan:

@@ -2,32 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from browsing import until
+from browsing import opened, until
 from fake_store import FakeStore, claim, example, first_broken, model, protocol, routing
-from test_report import CHROMIUM, CHROMIUM_ARGS
 
 from moebench.report import write_report
 from moebench.schema import RoutingLayer
 
 AWKWARD = '<script>alert(1)</script> & 100% "x" 專家'
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    if not CHROMIUM.exists():
-        pytest.skip(f"{CHROMIUM} is not installed")
-    with playwright.sync_playwright() as driver:
-        running = driver.chromium.launch(executable_path=str(CHROMIUM), args=CHROMIUM_ARGS)
-        yield running
-        running.close()
 
 
 def wide_layer(experts: int = 20) -> RoutingLayer:
@@ -65,16 +52,9 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def opened(browser: Any, file: Path, width: int = 1440, **context: Any) -> tuple[Any, list[str]]:
-    """A page in a window of its own, and all that it complained about or asked the network for."""
-    problems: list[str] = []
-    page = browser.new_context(viewport={"width": width, "height": 900}, **context).new_page()
-    page.on("console", lambda message: problems.append(f"console: {message.text}"))
-    page.on("pageerror", lambda error: problems.append(f"error: {error}"))
-    page.on("dialog", lambda dialog: problems.append("dialog"))
-    page.on("request", lambda request: problems.extend([request.url][: not request.url.startswith("file://")]))
-    page.goto(file.as_uri())
-    return page, problems
+def visited(browser: Any, file: Path, width: int = 1440, **context: Any) -> tuple[Any, list[str]]:
+    """A page in a window of that width, and all that it complains about or asks a network for."""
+    return opened(browser, file, viewport={"width": width, "height": 900}, **context)
 
 
 def open_all(page: Any) -> None:
@@ -95,7 +75,7 @@ def open_all(page: Any) -> None:
 def test_a_page_with_everything_draws_all_figures_without_complaint_or_network(
     browser: Any, site: Path, width: int, scheme: str
 ) -> None:
-    page, problems = opened(browser, site / "models" / "full.html", width, color_scheme=scheme)
+    page, problems = visited(browser, site / "models" / "full.html", width, color_scheme=scheme)
     open_all(page)
     assert page.locator("figure.chart").count() >= 12
     assert page.evaluate("document.documentElement.scrollWidth") <= width
@@ -109,14 +89,14 @@ def test_sparse_and_awkward_pages_open_without_complaint_and_fit_a_phone(browser
     files = [file for file in sorted((site / "models").glob("*.html")) if file.stem != "full"]
     assert len(files) == 2
     for file in files:
-        page, problems = opened(browser, file, 390)
+        page, problems = visited(browser, file, 390)
         assert page.evaluate("document.documentElement.scrollWidth") <= 390, file.name
         assert problems == [], file.name
         page.context.close()
 
 
 def test_names_marks_and_error_bars_are_drawn_as_they_should_be(browser: Any, site: Path) -> None:
-    page, _ = opened(browser, site / "models" / "full.html")
+    page, _ = visited(browser, site / "models" / "full.html")
     assert AWKWARD in page.locator("p.paper cite").inner_text()
     for name in ("attacks", "classes"):
         page.locator(f"#{name} figure.chart").first.scroll_into_view_if_needed()
@@ -136,7 +116,7 @@ def test_names_marks_and_error_bars_are_drawn_as_they_should_be(browser: Any, si
 @pytest.mark.parametrize("allowed", [True, False])
 def test_a_command_is_copied_from_a_page_on_disk(browser: Any, site: Path, allowed: bool) -> None:
     permissions = ["clipboard-read", "clipboard-write"] if allowed else []
-    page, problems = opened(browser, site / "models" / "full.html", permissions=permissions)
+    page, problems = visited(browser, site / "models" / "full.html", permissions=permissions)
     if not allowed:
         page.evaluate("Object.defineProperty(navigator, 'clipboard', { value: undefined })")
         page.evaluate("document.addEventListener('copy', () => { window.copied = String(getSelection()); })")
@@ -152,14 +132,14 @@ def test_a_command_is_copied_from_a_page_on_disk(browser: Any, site: Path, allow
 
 
 def test_every_entry_of_the_contents_leads_somewhere(browser: Any, site: Path) -> None:
-    page, _ = opened(browser, site / "models" / "full.html")
+    page, _ = visited(browser, site / "models" / "full.html")
     for link in page.locator("nav.toc a").all():
         target = link.get_attribute("href")
         assert page.locator(f"section{target} > h2").count() == 1
 
 
 def test_without_scripts_the_numbers_are_there_as_tables(browser: Any, site: Path) -> None:
-    page, _ = opened(browser, site / "models" / "full.html", java_script_enabled=False)
+    page, _ = visited(browser, site / "models" / "full.html", java_script_enabled=False)
     assert page.get_by_role("button", name="Copy").count() == 0
     summary = page.locator("#attacks figure.chart summary").first
     summary.click()
@@ -167,7 +147,7 @@ def test_without_scripts_the_numbers_are_there_as_tables(browser: Any, site: Pat
 
 
 def test_a_page_prints_with_its_figures(browser: Any, site: Path) -> None:
-    page, problems = opened(browser, site / "models" / "full.html")
+    page, problems = visited(browser, site / "models" / "full.html")
     assert page.pdf(prefer_css_page_size=True).startswith(b"%PDF")
     drawn = page.evaluate("[...document.querySelectorAll('figure.chart .plot')].every(one => one.querySelector('svg'))")
     assert drawn

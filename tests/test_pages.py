@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
+from browsing import opened
 from fake_store import FakeStore, demo, first_broken, model, protocol
+from hostile import parsed
 from page_stores import add_transfer, broke, everything
 
 from moebench.report import html, render, snapshot, tables, write_report
 from moebench.schema import Flag
 
-CHROMIUM = Path("/usr/bin/chromium")
-ARGUMENTS = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
 PAGES = ("transfer", "pareto", "attacks", "method", "changes")
 CSVS = ("data/transfer.csv", "data/attacks.csv", "data/overlap.csv")
 
@@ -36,29 +34,6 @@ HOSTILE = (
     "a/expert[zero]",
     "a\nb\r% c",
 )
-
-
-class Tags(HTMLParser):
-    """The elements, the names of their attributes and the text of a page."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.tags: set[str] = set()
-        self.attributes: set[str] = set()
-        self.words: list[str] = []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.add(tag)
-        self.attributes |= {name for name, _ in attrs}
-
-    def handle_data(self, data: str) -> None:
-        self.words.append(data)
-
-
-def seen(page: str) -> Tags:
-    found = Tags()
-    found.feed(page)
-    return found
 
 
 def store_with(name: str, broken: int = 40) -> FakeStore:
@@ -84,9 +59,9 @@ def rendered(name: str) -> dict[str, str]:
 def test_hostile_names_are_text_on_every_page_and_in_every_file(name: str) -> None:
     files, harmless = rendered(name), rendered("plain")
     for page in PAGES:
-        found, known = seen(files[f"{page}.html"]), seen(harmless[f"{page}.html"])
-        assert found.tags == known.tags
-        assert found.attributes <= known.attributes
+        found, known = parsed(files[f"{page}.html"]), parsed(harmless[f"{page}.html"])
+        assert set(found.tags) == set(known.tags)
+        assert set(found.attributes) <= set(known.attributes)
         if page != "method":
             assert " ".join(name.split()) in " ".join("".join(found.words).split())
     for path in CSVS:
@@ -105,7 +80,7 @@ def test_names_of_a_snapshot_from_outside_are_text_too() -> None:
     page = render(store, snapshot.Snapshot((board,), HOSTILE[0]))["changes.html"]
     assert "<script>alert" not in page
     assert "<img" not in page
-    assert HOSTILE[0] in "".join(seen(page).words)
+    assert HOSTILE[0] in "".join(parsed(page).words)
 
 
 def test_the_navigation_names_the_pages_that_are_there() -> None:
@@ -129,17 +104,6 @@ def test_the_method_page_says_how_to_cite_this_version() -> None:
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    if not CHROMIUM.exists():
-        pytest.skip(f"{CHROMIUM} is not installed")
-    with playwright.sync_playwright() as driver:
-        running = driver.chromium.launch(executable_path=str(CHROMIUM), args=ARGUMENTS)
-        yield running
-        running.close()
-
-
-@pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("site")
     old, store = demo(60), everything(60)
@@ -151,15 +115,9 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def opened(browser: Any, file: Path, **context: Any) -> tuple[Any, list[str]]:
+def drawn(browser: Any, file: Path, **context: Any) -> tuple[Any, list[str]]:
     """A page whose charts are drawn, and all that it complained about or asked the network for."""
-    problems: list[str] = []
-    page = browser.new_context(**context).new_page()
-    page.on("console", lambda message: problems.append(f"console: {message.text}"))
-    page.on("pageerror", lambda error: problems.append(f"error: {error}"))
-    page.on("dialog", lambda dialog: problems.append("dialog"))
-    page.on("request", lambda request: problems.extend([request.url][: not request.url.startswith("file://")]))
-    page.goto(file.as_uri())
+    page, problems = opened(browser, file, **context)
     page.evaluate("document.querySelectorAll('details').forEach(one => one.open = true)")
     for figure in page.locator("figure.chart").all():
         figure.scroll_into_view_if_needed()
@@ -173,7 +131,7 @@ def test_pages_open_from_disk_without_complaint_and_fit(
     browser: Any, site: Path, name: str, width: int, scheme: str
 ) -> None:
     size = {"width": width, "height": 800}
-    page, problems = opened(browser, site / f"{name}.html", viewport=size, color_scheme=scheme)
+    page, problems = drawn(browser, site / f"{name}.html", viewport=size, color_scheme=scheme)
     assert problems == []
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     ink = page.evaluate("getComputedStyle(document.documentElement).getPropertyValue('--ink').trim()")
@@ -185,7 +143,7 @@ def test_pages_open_from_disk_without_complaint_and_fit(
 
 
 def test_a_click_on_a_point_opens_its_model(browser: Any, site: Path) -> None:
-    page, problems = opened(browser, site / "pareto.html", viewport={"width": 1440, "height": 900})
+    page, problems = drawn(browser, site / "pareto.html", viewport={"width": 1440, "height": 900})
     plot = page.locator(".plot").last
     plot.scroll_into_view_if_needed()
     found = plot.evaluate(
@@ -202,7 +160,7 @@ def test_a_click_on_a_point_opens_its_model(browser: Any, site: Path) -> None:
 
 
 def test_the_tip_of_a_cell_names_both_models_and_the_interval(browser: Any, site: Path) -> None:
-    page, _ = opened(browser, site / "transfer.html", viewport={"width": 1440, "height": 900})
+    page, _ = drawn(browser, site / "transfer.html", viewport={"width": 1440, "height": 900})
     plot = page.locator(".plot").first
     plot.scroll_into_view_if_needed()
     at = plot.evaluate(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,16 +24,6 @@ from moebench.trust import passive_flags
 
 N = 20
 SHORT = "published:rt-er[fp16=off,steps=4]"
-
-
-@pytest.fixture
-def moebench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Terminal:
-    folder = tmp_path / "work"
-    folder.mkdir()
-    monkeypatch.chdir(folder)
-    monkeypatch.delenv("MOEBENCH_DB", raising=False)
-    monkeypatch.setattr("sys.dont_write_bytecode", True)
-    return Terminal(folder, capsys)
 
 
 # What is stored.

@@ -40,15 +40,6 @@ LIST = ",".join(map(str, RADII))
 WORDS = ("--view", "whole", "--eps", LIST)
 
 
-@pytest.fixture
-def moebench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Terminal:
-    folder = tmp_path / "work"
-    folder.mkdir()
-    monkeypatch.chdir(folder)
-    monkeypatch.delenv("MOEBENCH_DB", raising=False)
-    return Terminal(folder, capsys)
-
-
 Found = dict[tuple[str, float, bool], tuple[StoredResult, Outcomes]]
 
 

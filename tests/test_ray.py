@@ -284,15 +284,6 @@ def test_a_model_that_cannot_be_sent_or_built_is_refused(cluster: Cluster, tmp_p
 # What is refused before anything is done; the command line's own connection.
 
 
-@pytest.fixture
-def moebench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Terminal:
-    (folder := tmp_path / "work").mkdir()
-    monkeypatch.chdir(folder)
-    monkeypatch.delenv("MOEBENCH_DB", raising=False)
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    return Terminal(folder, capsys)
-
-
 WORDS = ("evaluate", "--model", MOE, "--attack", "fgsm", "--n", 5)
 
 

@@ -33,14 +33,6 @@ def make():
 """
 
 
-@pytest.fixture
-def moebench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Terminal:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("MOEBENCH_DB", raising=False)
-    monkeypatch.setattr("sys.dont_write_bytecode", True)
-    return Terminal(tmp_path, capsys)
-
-
 def robust(path: str) -> np.typing.NDArray[np.bool_]:
     with np.load(path, allow_pickle=False) as archive:
         return np.asarray(archive["robust"])

@@ -24,11 +24,9 @@ DENSE = ["fgsm", "pgd-3", "apgd-ce[steps=2]"]
 
 
 @pytest.fixture
-def moebench_(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Terminal:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("MOEBENCH_DB", raising=False)
+def moebench_(moebench: Terminal, monkeypatch: pytest.MonkeyPatch) -> Terminal:
     monkeypatch.setitem(SUITES, "v1", SUITE)  # type: ignore[arg-type]
-    return Terminal(tmp_path, capsys)
+    return moebench
 
 
 def attacks_of(where: str = "results.db") -> dict[str, set[str]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,16 +34,6 @@ from moebench.transfer import TransferSpec, source_plan, transfer
 N = 30
 EXPERT = f"{MOE}/expert[0]"
 THREAT = ThreatModel("Linf", 0.2)
-
-
-@pytest.fixture
-def moebench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Terminal]:
-    folder = tmp_path / "work"
-    folder.mkdir()
-    monkeypatch.chdir(folder)
-    monkeypatch.delenv("MOEBENCH_DB", raising=False)
-    monkeypatch.setattr("sys.dont_write_bytecode", True)
-    yield Terminal(folder, capsys)
 
 
 def examples() -> list[Path]:

@@ -3,7 +3,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -85,12 +84,9 @@ def leaking(): return Forgetful(norm=True)
 
 
 @pytest.fixture
-def moebench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Terminal:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("MOEBENCH_DB", raising=False)
-    monkeypatch.setattr("sys.dont_write_bytecode", True)
-    (tmp_path / "mine.py").write_text(MODELS)
-    return Terminal(tmp_path, capsys)
+def moebench(moebench: Terminal) -> Terminal:
+    (moebench.folder / "mine.py").write_text(MODELS)
+    return moebench
 
 
 def codes(said: Said) -> list[str]:

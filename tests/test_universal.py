@@ -36,16 +36,6 @@ QUICK = UniversalPGD(epochs=3, restarts=1)
 radii = st.floats(min_value=1e-4, max_value=1.0)
 
 
-@pytest.fixture
-def moebench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Terminal:
-    folder = tmp_path / "work"
-    folder.mkdir()
-    monkeypatch.chdir(folder)
-    monkeypatch.delenv("MOEBENCH_DB", raising=False)
-    monkeypatch.setattr("sys.dont_write_bytecode", True)
-    return Terminal(folder, capsys)
-
-
 def make(stage: TrainedAttack, training: Training) -> Tensor:
     fitted = stage.fit(training).fitted
     assert fitted is not None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
@@ -12,6 +13,48 @@ import click
 from moebench.errors import UsageError
 
 Decorated = Callable[..., Any]
+
+
+def model_option(function: Decorated) -> Decorated:
+    return click.option(
+        "--model", required=True, metavar="NAME", help="Registered name, FILE.py:FACTORY or pkg.mod:FACTORY."
+    )(function)
+
+
+def weights_option(function: Decorated) -> Decorated:
+    return click.option(
+        "--weights", type=click.Path(path_type=Path), metavar="FILE", help="Weights instead of the shipped ones."
+    )(function)
+
+
+def dataset_option(function: Decorated) -> Decorated:
+    return click.option(
+        "--dataset", default="digits", show_default=True, metavar="NAME", help="NAME, npz:FILE or folder:DIR."
+    )(function)
+
+
+def norm_option(function: Decorated) -> Decorated:
+    return click.option(
+        "--norm", default="Linf", show_default=True, type=click.Choice(["Linf", "L2"]), help="Norm of the ball."
+    )(function)
+
+
+def samples_option(function: Decorated) -> Decorated:
+    return click.option("--n", type=int, metavar="N", help="Only the first N samples.")(function)
+
+
+def batch_option(function: Decorated) -> Decorated:
+    return click.option("--batch-size", type=int, metavar="N", help="Rows that run together [default: by image size].")(
+        function
+    )
+
+
+def device_option(function: Decorated) -> Decorated:
+    return click.option("--device", default="cpu", show_default=True, help="Torch device, such as cuda.")(function)
+
+
+def json_option(function: Decorated) -> Decorated:
+    return click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")(function)
 
 
 def database_option(function: Decorated) -> Decorated:

@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from moebench.commands._names import check_attack_names, check_model_name
-from moebench.commands._options import database_option, debug_option, seed_option, split_names
+from moebench.commands._options import (
+    batch_option,
+    database_option,
+    dataset_option,
+    debug_option,
+    device_option,
+    json_option,
+    samples_option,
+    seed_option,
+    split_names,
+)
 from moebench.errors import UsageError
 from moebench.schema import format_eps, is_protocol, parse_eps
 
@@ -20,15 +30,15 @@ if TYPE_CHECKING:
 @click.command("ablation")
 @click.argument("protocol", metavar="published:NAME")
 @click.option("--models", required=True, metavar="A[,B…]", help="Models to run the protocol on.")
-@click.option("--dataset", default="digits", show_default=True, metavar="NAME", help="NAME, npz:FILE or folder:DIR.")
+@dataset_option
 @click.option("--against", default="", metavar="A[,B…]", help="Attacks of moebench to show besides.")
 @click.option("--eps", metavar="E", help="Radius [default: the data set's].")
-@click.option("--n", type=int, metavar="N", help="Only the first N samples.")
-@click.option("--batch-size", type=int, metavar="N", help="Rows that run together [default: by image size].")
-@click.option("--device", default="cpu", show_default=True, help="Torch device, such as cuda.")
+@samples_option
+@batch_option
+@device_option
 @seed_option("Seed of random starts.")
 @database_option
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
+@json_option
 @debug_option
 def ablation_command(
     protocol: str, models: str, dataset: str, against: str, eps: str | None, as_json: bool, **options: Any

@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from moebench.commands._guard import users_code
 from moebench.commands._names import check_names
-from moebench.commands._options import debug_option, parse_settings, seed_option, settings_option
+from moebench.commands._options import (
+    dataset_option,
+    debug_option,
+    device_option,
+    json_option,
+    model_option,
+    norm_option,
+    parse_settings,
+    samples_option,
+    seed_option,
+    settings_option,
+    weights_option,
+)
 from moebench.schema import format_eps, parse_eps
 
 if TYPE_CHECKING:
@@ -18,19 +29,19 @@ if TYPE_CHECKING:
 
 
 @click.command("certify")
-@click.option("--model", required=True, metavar="NAME", help="Registered name, FILE.py:FACTORY or pkg.mod:FACTORY.")
-@click.option("--dataset", default="digits", show_default=True, metavar="NAME", help="NAME, npz:FILE or folder:DIR.")
+@model_option
+@dataset_option
 @click.option("--attack", default="pgd-50", show_default=True, metavar="A", help="Makes the attacked images.")
-@click.option("--norm", default="Linf", show_default=True, type=click.Choice(["Linf", "L2"]), help="Norm of the ball.")
+@norm_option
 @click.option("--eps", metavar="EPS", help="Radius of the attack and of the slopes [default: the data set's].")
-@click.option("--n", type=int, metavar="N", help="Only the first N samples.")
+@samples_option
 @click.option("--points", type=int, default=8, show_default=True, metavar="N", help="Random points for the slopes.")
 @click.option("--batch-size", type=int, metavar="N", help="Samples that run together [default: by image size].")
-@click.option("--device", default="cpu", show_default=True, help="Torch device, such as cuda.")
+@device_option
 @seed_option("Seed of random starts and random points.")
-@click.option("--weights", type=click.Path(path_type=Path), metavar="FILE", help="Weights instead of the shipped ones.")
+@weights_option
 @settings_option
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
+@json_option
 @debug_option
 def certify_command(
     settings: tuple[str, ...], attack: str, eps: str | None, points: int, as_json: bool, **options: Any

@@ -6,7 +6,7 @@ import json
 
 import click
 
-from moebench.commands._options import database_option, debug_option
+from moebench.commands._options import database_option, debug_option, json_option
 
 
 @click.group("db")
@@ -40,7 +40,7 @@ def upgrade_command(db: str | None) -> None:
 
 @db_command.command("check")
 @database_option
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
+@json_option
 @debug_option
 def check_command(db: str | None, as_json: bool) -> int:
     """Check that a database adds up.
@@ -68,7 +68,7 @@ def check_command(db: str | None, as_json: bool) -> int:
 @db_command.command("merge")
 @click.argument("other", metavar="OTHER.db|URL")
 @database_option
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
+@json_option
 @debug_option
 def merge_command(other: str, db: str | None, as_json: bool) -> None:
     """Add another database to this one: its runs and finished results.

@@ -13,15 +13,23 @@ from moebench.commands._cluster import DIVIDED, cluster_options, on_cluster, tak
 from moebench.commands._guard import users_code
 from moebench.commands._names import check_names
 from moebench.commands._options import (
+    batch_option,
     check_price,
     database_option,
+    dataset_option,
     debug_option,
+    device_option,
+    json_option,
+    model_option,
+    norm_option,
     parse_settings,
     price_option,
+    samples_option,
     seed_option,
     settings_option,
     split_names,
     training_options,
+    weights_option,
 )
 from moebench.overrides import parse_routing
 from moebench.schema import PRECISIONS, ThreatModel, parse_radii
@@ -39,7 +47,7 @@ NUMERIC_OPTIONS = {
 
 
 @click.command("evaluate")
-@click.option("--model", required=True, metavar="NAME", help="Registered name, FILE.py:FACTORY or pkg.mod:FACTORY.")
+@model_option
 @click.option(
     "--attack",
     default="autoattack",
@@ -47,16 +55,16 @@ NUMERIC_OPTIONS = {
     metavar="A[,B…]",
     help="Attacks, see `list attacks`.",
 )
-@click.option("--dataset", default="digits", show_default=True, metavar="NAME", help="NAME, npz:FILE or folder:DIR.")
+@dataset_option
 @click.option("--view", default="", metavar="V[,W…]", help="Views to attack [default: those of the headline metrics].")
-@click.option("--norm", default="Linf", show_default=True, type=click.Choice(["Linf", "L2"]), help="Norm of the ball.")
+@norm_option
 @click.option(
     "--eps", metavar="E[,F…]", help="Radius, such as 8/255 or 0.03; several make a curve [default: the data set's]."
 )
 @click.option("--cold", is_flag=True, help="With several radii: attack each for itself, without warm starts.")
-@click.option("--n", type=int, metavar="N", help="Only the first N samples.")
-@click.option("--batch-size", type=int, metavar="N", help="Rows that run together [default: by image size].")
-@click.option("--device", default="cpu", show_default=True, help="Torch device, such as cuda.")
+@samples_option
+@batch_option
+@device_option
 @seed_option("Seed of random starts and proposals.")
 @click.option(
     "--engine", default="native", show_default=True, type=click.Choice(["native", "reference", "ray"]),
@@ -72,7 +80,7 @@ NUMERIC_OPTIONS = {
     help="Passes to average, for a model that is random.",
 )  # fmt: skip
 @click.option("--compile", "compiled", is_flag=True, help="Try torch.compile on the search.")
-@click.option("--weights", type=click.Path(path_type=Path), metavar="FILE", help="Weights instead of the shipped ones.")
+@weights_option
 @settings_option
 @click.option(
     "--routing", metavar="HOW",
@@ -85,7 +93,7 @@ NUMERIC_OPTIONS = {
 @click.option("--no-trust", is_flag=True, help="Leave out the probes for gradient masking after the attacks.")
 @click.option("--dry-run", is_flag=True, help="Only say what would be computed, and what it costs, by a short trial.")
 @price_option
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
+@json_option
 @debug_option
 def evaluate_command(
     model: str,

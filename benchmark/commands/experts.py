@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -11,12 +10,20 @@ import click
 from moebench.commands._guard import users_code
 from moebench.commands._names import check_names
 from moebench.commands._options import (
+    batch_option,
     database_option,
+    dataset_option,
     debug_option,
+    device_option,
+    json_option,
+    model_option,
+    norm_option,
     parse_settings,
+    samples_option,
     seed_option,
     settings_option,
     split_names,
+    weights_option,
 )
 from moebench.commands.evaluate import command_line
 from moebench.schema import ThreatModel, parse_eps
@@ -27,21 +34,21 @@ if TYPE_CHECKING:
 
 
 @click.command("experts")
-@click.option("--model", required=True, metavar="NAME", help="Registered name, FILE.py:FACTORY or pkg.mod:FACTORY.")
+@model_option
 @click.option("--layer", metavar="NAME", help="MoE layer whose experts are fixed [default: the last one].")
 @click.option("--attack", default="pgd-20", show_default=True, metavar="A[,B…]", help="Attacks, see `list attacks`.")
-@click.option("--dataset", default="digits", show_default=True, metavar="NAME", help="NAME, npz:FILE or folder:DIR.")
-@click.option("--norm", default="Linf", show_default=True, type=click.Choice(["Linf", "L2"]), help="Norm of the ball.")
+@dataset_option
+@norm_option
 @click.option("--eps", metavar="EPS", help="Radius, such as 8/255 or 0.03 [default: the data set's].")
-@click.option("--n", type=int, metavar="N", help="Only the first N samples.")
-@click.option("--batch-size", type=int, metavar="N", help="Rows that run together [default: by image size].")
-@click.option("--device", default="cpu", show_default=True, help="Torch device, such as cuda.")
+@samples_option
+@batch_option
+@device_option
 @seed_option("Seed of random starts and proposals.")
-@click.option("--weights", type=click.Path(path_type=Path), metavar="FILE", help="Weights instead of the shipped ones.")
+@weights_option
 @settings_option
 @database_option
 @click.option("--fresh", is_flag=True, help="Compute again what the database already has.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
+@json_option
 @debug_option
 def experts_command(
     model: str,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from moebench.commands._options import database_option, debug_option
+from moebench.commands._options import database_option, debug_option, json_option
 from moebench.errors import UsageError
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ HEADINGS = ("run", "status", "started (UTC)", "took", "model", "data", "threat m
 @click.option("--status", type=click.Choice(STATUS), help="Only runs in this state.")
 @click.option("--model", metavar="NAME", help="Only runs of this model.")
 @database_option
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
+@json_option
 @debug_option
 @click.pass_context
 def runs_command(context: click.Context, status: str | None, model: str | None, db: str | None, as_json: bool) -> None:

@@ -11,9 +11,13 @@ from moebench.commands._cluster import DIVIDED, cluster_options, on_cluster, tak
 from moebench.commands._guard import users_code
 from moebench.commands._names import check_names
 from moebench.commands._options import (
+    batch_option,
     check_price,
     database_option,
     debug_option,
+    device_option,
+    json_option,
+    norm_option,
     price_option,
     seed_option,
     split_names,
@@ -30,11 +34,11 @@ if TYPE_CHECKING:
 )
 @click.option("--models", default="", metavar="A[,B…]", help="Models [default: all whose weights are shipped].")
 @click.option("--datasets", default="digits", show_default=True, metavar="A[,B…]", help="Data sets, as for `evaluate`.")
-@click.option("--norm", default="Linf", show_default=True, type=click.Choice(["Linf", "L2"]), help="Norm of the ball.")
+@norm_option
 @click.option("--eps", metavar="E", help="Radius, such as 8/255 or 0.03 [default: each data set's].")
 @click.option("--n", type=int, metavar="N", help="Only the first N samples of each.")
-@click.option("--batch-size", type=int, metavar="N", help="Rows that run together [default: by image size].")
-@click.option("--device", default="cpu", show_default=True, help="Torch device, such as cuda.")
+@batch_option
+@device_option
 @seed_option("Seed of random starts and proposals.")
 @click.option(
     "--engine", default="native", show_default=True, type=click.Choice(["native", "ray"]),
@@ -44,7 +48,7 @@ if TYPE_CHECKING:
 @database_option
 @click.option("--dry-run", is_flag=True, help="Only say what is missing, and what it costs, by a short trial.")
 @price_option
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
+@json_option
 @debug_option
 @click.pass_context
 def sweep_command(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from moebench.commands._options import debug_option, parse_settings, seed_option, settings_option
+from moebench.commands._options import debug_option, device_option, parse_settings, seed_option, settings_option
 from moebench.errors import UsageError
 from moebench.registry import check_recipe_name, model_registry
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 @click.option("--out", type=click.Path(path_type=Path), default=Path("runs"), show_default=True, metavar="DIR")
 @click.option("--epochs", type=click.IntRange(min=0), help="Epochs instead of the recipe's.")
 @seed_option("Seed of weights, batches and random starts.")
-@click.option("--device", default="cpu", show_default=True, help="Torch device, such as cuda.")
+@device_option
 @click.option("--fresh", is_flag=True, help="Start over from no checkpoint; replace weights of another variant.")
 @click.option("--tensorboard", is_flag=True, help="Write TensorBoard events beside the weights.")
 @settings_option

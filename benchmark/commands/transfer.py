@@ -15,7 +15,18 @@ import click
 
 from moebench.commands._guard import users_code
 from moebench.commands._names import check_attack_names, check_model_name
-from moebench.commands._options import database_option, debug_option, seed_option, split_names
+from moebench.commands._options import (
+    batch_option,
+    database_option,
+    dataset_option,
+    debug_option,
+    device_option,
+    json_option,
+    norm_option,
+    samples_option,
+    seed_option,
+    split_names,
+)
 from moebench.errors import RunError, UsageError
 from moebench.schema import parse_eps
 
@@ -32,17 +43,17 @@ MODELS_HELP = "Sources: names, FILE.py:FACTORY, and with /expert[i], /expert[LAY
     "--attack", default="pgd-50", show_default=True, metavar="A", help="Attack on the sources: pgd-50, apgd-ce, "
     "torchattacks:MIFGSM, … Attacks of several stages make no examples for other models.",
 )  # fmt: skip
-@click.option("--dataset", default="digits", show_default=True, metavar="NAME", help="NAME, npz:FILE or folder:DIR.")
-@click.option("--norm", default="Linf", show_default=True, type=click.Choice(["Linf", "L2"]), help="Norm of the ball.")
+@dataset_option
+@norm_option
 @click.option("--eps", metavar="EPS", help="Radius, such as 8/255 or 0.03 [default: the data set's].")
-@click.option("--n", type=int, metavar="N", help="Only the first N samples.")
-@click.option("--batch-size", type=int, metavar="N", help="Rows that run together [default: by image size].")
-@click.option("--device", default="cpu", show_default=True, help="Torch device, such as cuda.")
+@samples_option
+@batch_option
+@device_option
 @seed_option("Seed of random starts and proposals.")
 @database_option
 @click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="Write transfer.csv and transfer.json.")
 @click.option("--fresh", is_flag=True, help="Make and judge again what is there already.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
+@json_option
 @debug_option
 def transfer_command(
     models: str,

@@ -16,7 +16,11 @@ from moebench.commands._guard import users_code
 from moebench.commands._names import check_names
 from moebench.commands._options import (
     database_option,
+    dataset_option,
     debug_option,
+    device_option,
+    json_option,
+    model_option,
     parse_settings,
     seed_option,
     settings_option,
@@ -40,8 +44,8 @@ FILE = click.Path(path_type=Path)
 
 
 @click.command("universal")
-@click.option("--model", required=True, metavar="NAME", help="Registered name, FILE.py:FACTORY or pkg.mod:FACTORY.")
-@click.option("--dataset", default="digits", show_default=True, metavar="NAME", help="NAME, npz:FILE or folder:DIR.")
+@model_option
+@dataset_option
 @click.option("--attack", default="universal-pgd", show_default=True, metavar="A", help="universal-pgd or -fgsm.")
 @click.option("--view", default="whole", show_default=True, metavar="V", help="The view that δ is made on.")
 @click.option(
@@ -50,7 +54,7 @@ FILE = click.Path(path_type=Path)
 @click.option("--eps", metavar="EPS", help="Radius [default: the data set's, or that of the loaded file].")
 @click.option("--n", type=int, metavar="N", help="Judge δ on the first N samples only.")
 @click.option("--batch-size", type=int, metavar="N", help="Samples judged together [default: by image size].")
-@click.option("--device", default="cpu", show_default=True, help="Torch device, such as cuda.")
+@device_option
 @seed_option("Seed of random starts and of the order of the training data.")
 @training_options
 @click.option("--weights", type=FILE, metavar="FILE", help="Weights instead of the shipped ones.")
@@ -60,7 +64,7 @@ FILE = click.Path(path_type=Path)
 @click.option("--picture", type=FILE, metavar="FILE", help="Write δ and a few images with and without it (PNG).")
 @database_option
 @click.option("--fresh", is_flag=True, help="Compute again what the database already has.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
+@json_option
 @debug_option
 @click.pass_context
 def universal_command(

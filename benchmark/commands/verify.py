@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from moebench.commands._guard import users_code
-from moebench.commands._options import database_option, debug_option, seed_option
+from moebench.commands._options import database_option, debug_option, device_option, json_option, seed_option
 from moebench.errors import UsageError
 
 if TYPE_CHECKING:
@@ -22,10 +22,10 @@ SHOWN = 20
 @click.argument("run", metavar="RUN")
 @click.option("--samples", type=int, metavar="N", help="How many of the run's samples, drawn at random [default: 20].")
 @click.option("--all", "everything", is_flag=True, help="All samples.")
-@click.option("--device", default="cpu", show_default=True, help="Torch device, such as cuda.")
+@device_option
 @seed_option("Seed of the choice of samples.")
 @database_option
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
+@json_option
 @debug_option
 def verify_command(
     run: str, samples: int | None, everything: bool, device: str, seed: int, db: str | None, as_json: bool

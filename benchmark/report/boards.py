@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from moebench.report.claims import HEADLINE_ATTACKS, ClaimRange, ClaimRow
+from moebench.report.evidence import protocol_facts
 from moebench.report.exports import METRICS
 from moebench.report.latex_text import escape, shorten
 from moebench.report.tables import COMPONENTS, Board, Cell, Row
@@ -59,16 +60,7 @@ def _data(board: Board) -> Json:
     protocol = board.protocol
     return {
         "name": f"{protocol.dataset}, {protocol.threat}",
-        "protocol": {
-            "dataset": protocol.dataset,
-            "split": protocol.split,
-            "n": protocol.n,
-            "norm": protocol.threat.norm,
-            "eps": protocol.threat.eps,
-            "protocol": protocol.version,
-            "suites": " ".join(board.suites),
-            "data_sha256": protocol.data_sha256,
-        },
+        "protocol": protocol_facts(protocol, board.suites),
         "keys": [row_key(row) for row in rows],
         "weights": [row.checkpoint.sha256 for row in rows],
         "latex": {

@@ -125,6 +125,20 @@ def group_key(protocol: ProtocolRecord) -> tuple[Any, ...]:
     )
 
 
+def protocol_facts(protocol: ProtocolRecord, suites: Sequence[str] | None = None) -> dict[str, str | int | float]:
+    """What holds for all numbers of one protocol, as files tell it; the suites too where numbers have any."""
+    return {
+        "dataset": protocol.dataset,
+        "split": protocol.split,
+        "n": protocol.n,
+        "norm": protocol.threat.norm,
+        "eps": protocol.threat.eps,
+        "protocol": protocol.version,
+        **({} if suites is None else {"suites": " ".join(suites)}),
+        "data_sha256": protocol.data_sha256,
+    }
+
+
 def result_key(stored: StoredResult) -> tuple[Any, ...]:
     """Orders results by what they are, and only then by when they were made."""
     cell = stored.cell

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from moebench.papers import attack_paper
 from moebench.report import tables
-from moebench.report.evidence import WHOLE, attack_key, group_key, is_warm
+from moebench.report.evidence import WHOLE, attack_key, group_key, is_warm, protocol_facts
 from moebench.report.external import EXTERNAL
 from moebench.report.grid import Absent, Amount, Cell, Chance, Column, Grid, Label, Line, Points, Portion, Share
 from moebench.report.missed import ADAPTIVE, Missed
@@ -65,7 +65,7 @@ def leaderboard(board: Board) -> Grid:
         notes=tuple(notes),
         columns=columns,
         lines=tuple(_leaderboard_line(row) for row in board.rows),
-        facts=facts(board),
+        facts=protocol_facts(board.protocol, board.suites),
         papers=_attack_papers(board.attacks),
         rule=len(board.ranked),
         main=board.main,
@@ -125,7 +125,7 @@ def missed(board: Board) -> Grid:
         notes=notes,
         columns=columns,
         lines=tuple(_missed_line(one, rows[one.label]) for one in board.missed),
-        facts=facts(board),
+        facts=protocol_facts(board.protocol, board.suites),
         papers=_attack_papers((RANKING_ATTACK,)),
         main=board.main,
     )
@@ -175,7 +175,7 @@ def attacks(board: Board, report: Report) -> Grid:
         notes=(*notes, *_signs(board.rows)),
         columns=tuple(columns),
         lines=tuple(lines),
-        facts=facts(board),
+        facts=protocol_facts(board.protocol, board.suites),
         papers=_attack_papers(board.attacks),
         rule=len(board.ranked),
         main=board.main,
@@ -227,21 +227,6 @@ def _broken(result: ResultRow | None, named: Sequence[str], other: Sequence[str]
     if other:
         cells.append(Portion(sum(broke.get(stage, 0) for stage in other), n))
     return cells
-
-
-def facts(board: Board) -> dict[str, str | int | float]:
-    """What holds for all numbers of a board, as files tell it."""
-    protocol = board.protocol
-    return {
-        "dataset": protocol.dataset,
-        "split": protocol.split,
-        "n": protocol.n,
-        "norm": protocol.threat.norm,
-        "eps": protocol.threat.eps,
-        "protocol": protocol.version,
-        "suites": " ".join(board.suites),
-        "data_sha256": protocol.data_sha256,
-    }
 
 
 def name(row: Row, undercut: bool = True) -> Label:

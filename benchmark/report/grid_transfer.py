@@ -5,7 +5,7 @@ from __future__ import annotations
 from moebench.metrics import Measure
 from moebench.papers import attack_paper
 from moebench.report import grid_boards, transfers
-from moebench.report.evidence import ReadableStore
+from moebench.report.evidence import ReadableStore, protocol_facts
 from moebench.report.external import is_external
 from moebench.report.grid import Absent, Cell, Column, Grid, Label, Line, Share
 from moebench.report.text import fold
@@ -48,13 +48,7 @@ def _grid(board: TransferBoard) -> Grid:
         columns=tuple(columns),
         lines=tuple(lines),
         facts={
-            "dataset": protocol.dataset,
-            "split": protocol.split,
-            "n": protocol.n,
-            "norm": protocol.threat.norm,
-            "eps": protocol.threat.eps,
-            "protocol": protocol.version,
-            "data_sha256": protocol.data_sha256,
+            **protocol_facts(protocol),
             "attack": board.attack,
             "seed": board.seed,
         },
