@@ -26,7 +26,7 @@ from moebench.attacks._passes import Passes, batches
 from moebench.attacks._projections import ascend, project, random_start
 from moebench.attacks._random import sample_keys
 from moebench.errors import RunError
-from moebench.models._moe import MoELayer, Policy, Routing, moe_layers, routed_by
+from moebench.models._moe import MoELayer, Policy, Routing, moe_layers, routed_by, routes_tokens
 from moebench.schema import ThreatModel
 
 Start = Literal["constant", "random", "clean"]
@@ -148,8 +148,13 @@ class Protocol(Attack):
 
     @override
     def unfit(self, model: nn.Module) -> str | None:
-        routed = self.router_weight > 0 or self.straight_through
-        return "its loss is about a router, and a dense model has none" if routed and not moe_layers(model) else None
+        if self.router_weight == 0 and not self.straight_through:
+            return None
+        if not moe_layers(model):
+            return "its loss is about a router, and a dense model has none"
+        if routes_tokens(model):
+            return "its loss is one of the routing of whole images, and this model routes each token of an image"
+        return None
 
     @override
     def parameters(self) -> dict[str, Any]:

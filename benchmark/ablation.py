@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from statistics import mode
 from typing import Any
 
+from moebench.attack_names import parse_attack
 from moebench.claims import load_claims
 from moebench.errors import UsageError
 from moebench.evaluation import EvalSpec, Listener, evaluate
 from moebench.metrics import Measure, from_accuracy
-from moebench.published import ProtocolCard, Variant, card_of, variants
-from moebench.schema import Claim
+from moebench.published import ProtocolCard, Variant, card_of, shared_settings, variants
+from moebench.side_by_side import EVERYTHING, claimed
 from moebench.store import Store
 
 
@@ -106,9 +106,7 @@ def ablation(
     table = [_claims(card, models)]
     table += [AblationRow(row.kind, row.label, row.attack, tuple(one[row.attack] for one in found)) for row in rows]
     table += [AblationRow("moebench", f"moebench: {one}", one, tuple(cell[one] for cell in found)) for one in ours]
-    table.append(
-        AblationRow("moebench", "moebench: RA-worst, every stored attack", "", tuple(one[""] for one in found))
-    )
+    table.append(AblationRow("moebench", EVERYTHING, "", tuple(one[""] for one in found)))
     runs = tuple(summary.run_id for summary in summaries)
     return Ablation(card, tuple(models), first.dataset, first.n, first.eps, runs, tuple(table))
 
@@ -117,30 +115,19 @@ def planned(name: str) -> tuple[ProtocolCard, list[Variant]]:
     """The card of a protocol and the variants that its ablation runs.
 
     Raises:
-        UsageError: it is no protocol, or has no such setting.
+        UsageError: it is no protocol, has no such setting, or gives one that the ablation itself sets.
     """
-    from moebench.attack_names import parse_attack
-
     asked = parse_attack(name)
     card = card_of(asked.base)
     if card is None:
         raise UsageError(f"{name!r} is no published protocol; an ablation takes one, such as published:rt-er")
-    return card, variants(card, asked.settings)
+    shared = shared_settings(name)
+    for key in (key for key in asked.settings if key not in shared):
+        raise UsageError(f"an ablation sets {key} itself, row by row; leave it out of {name!r}")
+    return card, variants(card, shared)
 
 
 def _claims(card: ProtocolCard, models: Sequence[str]) -> AblationRow:
-    known = [one for one in load_claims() if card.covers(one)]
-    texts = tuple(_claimed([one for one in known if one.registry_name == model]) for model in models)
+    known = load_claims()
+    texts = tuple(claimed(card, model, known) for model in models)
     return AblationRow("claim", f"claimed (arXiv {card.arxiv}; other data)", "", texts=texts)
-
-
-def _claimed(claims: Sequence[Claim]) -> str:
-    """The published number of a model by data set, in percent as published: the one that the paper repeats most."""
-    by_data: dict[str, list[float]] = {}
-    for claim in claims:
-        by_data.setdefault(claim.dataset, []).append(claim.value)
-    spans = []
-    for dataset, values in by_data.items():
-        span = "" if len(set(values)) == 1 else f", {min(values):g}–{max(values):g} over its variants"
-        spans.append(f"{mode(values):g} ({dataset}{span})")
-    return ", ".join(spans) or "—"

@@ -234,6 +234,17 @@ def card_of(attack: str) -> ProtocolCard | None:
     return next((card for card in CARDS if card.name == base), None)
 
 
+def shared_settings(attack: str) -> dict[str, Any]:
+    """The settings in a protocol's name that no switch is about, such as a smaller number of steps.
+
+    Raises:
+        UsageError: a setting that it does not have.
+    """
+    card, asked = card_of(attack), parse_attack(attack)
+    about = set() if card is None else {key for one in card.switches for key in {**one.corrected, **one.needs}}
+    return {key: value for key, value in asked.settings.items() if key not in about}
+
+
 @dataclass(frozen=True)
 class Variant:
     """A protocol under some settings, as a row of an ablation."""

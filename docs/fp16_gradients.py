@@ -1,10 +1,12 @@
 """Where float16 loses the gradients of an attack: share of images without any, and of pixels whose sign is right.
 
     python docs/fp16_gradients.py [IMAGES]
+    python docs/fp16_gradients.py [IMAGES] st-moe resnet18-st
 
-A ResNet-18 with random weights, its logits scaled until the median probability of all wrong classes together is as
-given; labels are its own predictions. Gradients of a cross-entropy averaged over 512 images, under float16 autocast
-with and without a loss scale of 65536, against float32. Takes a minute or two on one core.
+Without names: a ResNet-18 with random weights, its logits scaled until the median probability of all wrong classes
+together is as given; labels are its own predictions. With names: models with shipped weights on the first digits of the
+test split. Gradients of a cross-entropy averaged over 512 images, under float16 autocast with and without a loss scale
+of 65536, against float32. Takes a minute or two on one core.
 """
 
 from __future__ import annotations
@@ -15,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from moebench.datasets import load_dataset
+from moebench.loading import load
 from moebench.models._resnet import ResNet, resnet18
 
 BATCH = 512
@@ -40,10 +44,20 @@ def gradients(model: nn.Module, x: Tensor, y: Tensor, *, half: bool, scale: floa
     return torch.autograd.grad(loss, x)[0]
 
 
-def main() -> None:
-    """Prints one line per confidence."""
-    torch.manual_seed(0)
-    n = int(sys.argv[1]) if len(sys.argv) > 1 else 32
+def told(model: nn.Module, x: Tensor, y: Tensor) -> str:
+    """What float16 leaves of the gradients of a model at images x (B, C, H, W) with labels y (B,), in words."""
+    exact = gradients(model, x, y, half=False, scale=1.0)
+    said = []
+    for scale in (1.0, 65536.0):
+        found = gradients(model, x, y, half=True, scale=scale)
+        zero = float((found == 0).flatten(1).all(dim=1).float().mean())
+        right = float((found.sign() == exact.sign()).float().mean())
+        said.append(f"loss scale {scale:g}: {zero:.0%} of images without gradient, {right:.0%} of signs right")
+    return "; ".join(said)
+
+
+def random_network(n: int) -> None:
+    """One line per confidence of a network with random weights."""
     model, x = resnet18(10, 3).eval().requires_grad_(False), torch.randn(n, 3, 32, 32)
     weight, bias = model.fc.weight.clone(), model.fc.bias.clone()
     for wrong in (3e-1, 3e-3, 1e-4, 2e-6):
@@ -54,14 +68,28 @@ def main() -> None:
             model.fc.weight.mul_(factor)
             model.fc.bias.mul_(factor)
             y = model(x).argmax(dim=1)
-        exact = gradients(model, x, y, half=False, scale=1.0)
-        said = []
-        for scale in (1.0, 65536.0):
-            found = gradients(model, x, y, half=True, scale=scale)
-            zero = float((found == 0).flatten(1).all(dim=1).float().mean())
-            right = float((found.sign() == exact.sign()).float().mean())
-            said.append(f"loss scale {scale:g}: {zero:.0%} of images without gradient, {right:.0%} of signs right")
-        print(f"median error {wrong:g}: {'; '.join(said)}")
+        print(f"median error {wrong:g}: {told(model, x, y)}")
+
+
+def shipped(name: str, n: int) -> None:
+    """One line about a model with shipped weights, at the first n digits of the test split."""
+    data = load_dataset("digits", n=n)
+    x, y = torch.from_numpy(data.images), torch.from_numpy(data.labels)
+    model = load(name, data).module
+    with torch.no_grad():
+        error = 1 - model(x).double().softmax(dim=1).gather(1, y.unsqueeze(1))
+    print(f"{name}, median error {float(error.median()):.1e}: {told(model, x, y)}")
+
+
+def main() -> None:
+    """Prints one line per confidence, or per model."""
+    torch.manual_seed(0)
+    n = next((int(word) for word in sys.argv[1:] if word.isdigit()), None)
+    names = [word for word in sys.argv[1:] if not word.isdigit()]
+    for name in names:
+        shipped(name, n or 200)
+    if not names:
+        random_network(n or 32)
 
 
 main()

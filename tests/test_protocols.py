@@ -14,11 +14,14 @@ from commands import DENSE, MOE, Terminal
 from fake_store import FakeStore, claim, first_broken, model, protocol
 from test_evaluation import shipped_module
 
+from moebench.claims import load_claims
 from moebench.datasets import load_dataset
 from moebench.evaluation import EvalSpec, evaluate
-from moebench.metrics import standing
+from moebench.metrics import standing, worst_case
+from moebench.published import card_of
 from moebench.report import render, tables
 from moebench.report.curves import curves
+from moebench.side_by_side import claimed
 from moebench.store import Store
 from moebench.trust import passive_flags
 
@@ -169,6 +172,56 @@ def test_show_explains_the_switches(moebench: Terminal) -> None:
     assert "published:v-moe" in listed and "NAME[KEY=VALUE,…]" in listed
 
 
+def test_show_puts_claim_protocol_and_measurement_side_by_side(moebench: Terminal) -> None:
+    plain, off = "published:rt-er[steps=4]", SHORT
+    moebench.evaluate(MOE, "fgsm,pgd-50", N, "--view", "whole", "--no-trust")
+    found = moebench.evaluate(MOE, f"{plain},{off},published:rt-er[fp16=off,start=random,steps=4]", N, "--json").json
+    said = moebench("show", found["run_id"]).out.splitlines()
+    start = next(at for at, line in enumerate(said) if line.startswith("  published:rt-er[steps=4], percent"))
+    lines = {line[4:52].strip(): line[52:].strip() for line in said[start + 1 : start + 7]}
+    share = {one["attack"]: 100 * one["accuracy"] for one in found["results"]}
+    base = share[plain]
+    with Store.open(None, write=False) as store:
+        ours = {one.cell.attack: 100 * one.record.accuracy for one in store.results() if one.cell.view == "whole"}
+        worst = worst_case(
+            [store.outcomes(one.result_id) for one in store.results() if "published" not in one.cell.attack]
+        )
+    left = 100 * float(worst.mean())
+    assert lines == {
+        "claimed (arXiv 2502.06832; other data)": "52.54 (CIFAR-10), 34.53 (TinyImageNet)",
+        "published protocol": f"{base:.1f}",
+        "without: float16 gradients, loss not scaled": f"{share[off]:.1f} ({share[off] - base:+.1f})",
+        "published:rt-er[fp16=off,start=random,steps=4]": lines["published:rt-er[fp16=off,start=random,steps=4]"],
+        "moebench: pgd-50": f"{ours['pgd-50']:.1f} ({ours['pgd-50'] - base:+.1f})",
+        "moebench: RA-worst, every stored attack": f"{left:.1f} ({left - base:+.1f})",
+    }
+    assert sum("as published: constant start" in line for line in said) == 1
+
+
+def test_what_is_not_stored_is_said(moebench: Terminal) -> None:
+    run_id = moebench.evaluate(DENSE, SHORT, N, "--json").json["run_id"]
+    said = moebench("show", run_id).out
+    assert "without: float16 gradients, loss not scaled" in said and "published protocol" in said
+    assert said.count("not run on these samples") == 2
+
+
+@pytest.mark.parametrize(
+    ("protocol", "name", "words"),
+    [
+        # Four tables repeat 69.09; the others are of other numbers of experts and other beta.
+        ("published:rt-er", "rt-er", "69.09 (CIFAR-10, 10–70 over its variants), 56.79 (TinyImageNet)"),
+        ("published:rt-er", "rt-er[alpha=1]", "69.09 (CIFAR-10, 10–70 over its variants), 56.79 (TinyImageNet)"),
+        # A table of 26 variants, of which two agree by chance.
+        ("published:robust-experts", "block-moe-switch", "15.31–22.69 (CIFAR-100, 26 variants)"),
+        ("published:rt-er-autoattack", "st-moe", "14.25 (CIFAR-10), 14.24 (TinyImageNet)"),
+        ("published:adv-moe", "adv-moe", "—"),
+    ],
+)
+def test_what_is_claimed(protocol: str, name: str, words: str) -> None:
+    card = card_of(protocol)
+    assert card is not None and claimed(card, name, load_claims()) == words
+
+
 def published_store() -> FakeStore:
     store, who = FakeStore(), model("rt-er")
     store.add(who, "autoattack", first_broken(40, 20))
@@ -271,6 +324,7 @@ def test_an_ablation_runs_what_is_missing_and_prints_the_table(moebench: Termina
         (("pgd-50", "--models", MOE), "is no published protocol"),
         (("published:x", "--models", MOE), "unknown attack 'published:x'"),
         (("published:rt-er[fp16=3]", "--models", MOE), "takes on or off"),
+        (("published:rt-er[fp16=off]", "--models", MOE), "an ablation sets fp16 itself"),
         (("published:rt-er", "--models", ","), "no model given"),
         (("published:rt-er", "--models", "st-mo"), "did you mean st-moe"),
         (("published:rt-er", "--models", MOE, "--against", "published:v-moe"), "--against takes attacks of moebench"),

@@ -30,7 +30,8 @@ from moebench.attacks._projections import random_start
 from moebench.attacks._protocol import Protocol, Walk, run_protocol
 from moebench.errors import RunError, UsageError
 from moebench.models._base import Normalize
-from moebench.published import CARDS, card_of, describe, explain, variants
+from moebench.models._moe import MoELayer
+from moebench.published import CARDS, card_of, describe, explain, shared_settings, variants
 from moebench.schema import ThreatModel, is_protocol
 
 LINF = ThreatModel("Linf", EPS["Linf"])
@@ -390,6 +391,19 @@ def test_a_dense_model_has_no_router() -> None:
     with pytest.raises(UsageError, match="its loss is about a router, and a dense model has none"):
         load_attack("published:adv-moe").fitted(trained_conv())
     load_attack("published:adv-moe").fitted(trained_moe())
+
+
+def test_a_loss_of_whole_images_does_not_fit_routed_tokens() -> None:
+    """Told before anything runs: the published model decides once per image."""
+    model = nn.Sequential(MoELayer([nn.Linear(4, 4), nn.Linear(4, 4)], nn.Linear(4, 2), per_token=True))
+    for name in ("published:adv-moe", "published:adv-moe[router_weight=0]"):
+        with pytest.raises(UsageError, match="this model routes each token of an image"):
+            load_attack(name).fitted(model)
+    load_attack("published:adv-moe[router_weight=0,straight_through=off]").fitted(model)
+    load_attack("published:v-moe").fitted(model)
+
+
+def test_a_protocol_without_a_routers_loss_fits_any_model() -> None:
     load_attack("published:rt-er").fitted(trained_conv())
 
 
@@ -479,6 +493,13 @@ def test_settings_given_with_an_ablation_hold_in_all_rows() -> None:
     assert card is not None
     for row in variants(card, {"steps": 7}):
         assert "steps=7" in row.attack
+
+
+def test_settings_that_a_switch_is_about_are_told_from_those_that_rows_share() -> None:
+    assert shared_settings("published:rt-er[fp16=off,start=clean,steps=7]") == {"steps": 7}
+    assert shared_settings("published:v-moe[project=on,steps=7]") == {"steps": 7}
+    for card in CARDS:
+        assert all(shared_settings(row.attack) == {} for row in variants(card))
 
 
 def test_what_is_as_published_is_told_from_what_is_not() -> None:

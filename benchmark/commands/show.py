@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,8 @@ from moebench.schema import IMPORTED, WARM_START, format_eps, is_protocol
 
 if TYPE_CHECKING:
     from moebench.schema import StoredRun
+    from moebench.side_by_side import SideBySide
+    from moebench.store import Store
 
 
 @click.command("show")
@@ -41,12 +44,29 @@ def show_command(what: str, db: str | None) -> None:
     try:
         with Store.open(db, write=False) as store:
             run = store.run(what)
+            compared = _compared(store, run)
     except UsageError as error:
         raise UsageError(f"{what!r} is neither a model nor a run: {model_registry().unknown(what)}; {error}") from None
-    _show_run(run)
+    _show_run(run, compared)
 
 
-def _show_run(run: StoredRun) -> None:
+def _compared(store: Store, run: StoredRun) -> list[SideBySide]:
+    """The published protocols of a run beside their claims and our attacks; of other runs what has the same samples."""
+    if not any(is_protocol(one.cell.attack) for one in run.results):
+        return []
+    from moebench.report.evidence import Evidence, group_key
+    from moebench.side_by_side import side_by_side
+
+    key = group_key(run.protocol)
+    own = [
+        Evidence(one, store.outcomes(one.result_id))
+        for one in store.results(model=run.model.name, checkpoint_sha=run.checkpoint.sha256)
+        if group_key(one.protocol) == key
+    ]
+    return side_by_side(run, own, store.claims())
+
+
+def _show_run(run: StoredRun, compared: Sequence[SideBySide]) -> None:
     from rich.markup import escape
 
     from moebench.commands._tables import results_lines, standard_output
@@ -92,8 +112,6 @@ def _show_run(run: StoredRun) -> None:
                 f"  {title} on {escape(result.record.view)}: predictions changed "
                 f"{result.record.changed_predictions:.1%}, loss {before:.3f} → {after:.3f}"
             )
-        for line in explain(result.cell.attack, result.cell.parameters):
-            console.print(f"  {escape(result.cell.attack)}: {escape(line)}")
         for layer in result.record.routing:
             console.print(
                 f"  {title} on {escape(result.record.view)}, layer {layer.name}: routes changed "
@@ -101,6 +119,9 @@ def _show_run(run: StoredRun) -> None:
                 f"entropy {layer.entropy_clean:.3f} → {layer.entropy_adv:.3f}, "
                 f"load {_loads(layer.load_clean)} → {_loads(layer.load_adv)}"
             )
+    for one in compared:
+        for line in _side_by_side_lines(one, run):
+            console.print(escape(line))
     for flag in run.flags:
         console.print(f"  [yellow]flag[/yellow] {escape(flag.code)}: {escape(flag.evidence)}")
         said = meaning(flag.code)
@@ -109,6 +130,24 @@ def _show_run(run: StoredRun) -> None:
             console.print(f"    try    {escape(said.advice)}")
     if run.reused:
         console.print(f"  {run.reused} of these results were computed by earlier runs")
+
+
+def _side_by_side_lines(found: SideBySide, run: StoredRun) -> Iterator[str]:
+    """The three numbers under each other, with differences to the published protocol, and what its switches say."""
+    width = max(len(line.label) for line in found.lines)
+    yield f"  {found.name}, percent; in brackets the difference to the published protocol in points"
+    for line in found.lines:
+        text = line.text
+        if line.measure is not None:
+            text = f"{100 * line.measure.value:5.1f}"
+            if found.published is not None and line.measure is not found.published:
+                text += f" ({100 * (line.measure.value - found.published.value):+.1f})"
+        yield f"    {line.label:{width}}  {text}"
+    own = [one.cell for one in run.results if one.cell.attack in found.attacks]
+    # The rows of an ablation differ in what their labels say; one explanation is enough.
+    for cell in own if len(own) == 1 else [one for one in own if one.attack == found.name]:
+        for words in explain(cell.attack, cell.parameters):
+            yield f"  {cell.attack}: {words}"
 
 
 def _loads(shares: tuple[float, ...]) -> str:
