@@ -124,9 +124,23 @@ def test_experts_of_a_layer_inside_a_network(moebench: Terminal) -> None:
     assert other["layer"] == "network.layer3.0" and other["reused"] == 2
 
 
+def test_experts_of_a_layer_that_routes_tokens(moebench: Terminal) -> None:
+    found = moebench("experts", "--model", "v-moe", "--attack", "fgsm", "--n", 6, "--json").json
+    model, samples = load_model("v-moe"), digits(6)
+    assert moe_layers(model)[found["layer"]].per_token
+    with torch.no_grad():
+        weights = route(model, samples.x)[found["layer"]].weights
+    assert weights.dim() == 3
+    tokens = [token / sum(token) for image in weights.double().numpy() for token in image]
+    expected = [float(sum(token[i] for token in tokens)) / len(tokens) for i in range(weights.shape[2])]
+    assert [row["load"] for row in found["rows"][1:]] == pytest.approx(expected)
+    assert sum(row["load"] for row in found["rows"][1:]) == pytest.approx(1)
+
+
 def test_what_the_terminal_says(moebench: Terminal) -> None:
-    said = moebench("experts", "--model", "mine.py:layered", "--attack", "fgsm", "--n", N)
+    said = moebench("experts", "--model", "mine.py:layered", "--attack", "pgd-20[steps=2]", "--n", N)
     assert said.code == 0, said.err
+    assert "(pgd-20[steps=2])" in " ".join(said.out.split())
     assert "experts of network.layer3.1" in said.out and "other MoE layers, for --layer: network.layer3.0" in said.out
     assert "RA above the gate:" in said.out and "of 4 experts" in said.out
     assert all(f"expert {number}" in said.out for number in range(4))
@@ -151,6 +165,8 @@ def test_the_command_of_each_row_repeats_it(moebench: Terminal) -> None:
         (("--model", MOE, "--attack", "pgd-O"), "unknown attack 'pgd-O'"),
         (("--model", MOE, "--attack", "region"), "needs a model with routing; st-moe/expert[0] has none"),
         (("--model", MOE, "--attack", " , "), "no attack given"),
+        (("--model", MOE, "--attack", "fgsm,published:robust-experts"), "counts nowhere as robust accuracy"),
+        (("--model", "dual-moe", "--layer", "moe"), "has no MoE layer 'moe'; it has standard.moe, robust.moe"),
         (("--model", MOE, "--n", "0"), "0"),
     ],
 )
