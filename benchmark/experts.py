@@ -19,7 +19,7 @@ from moebench.evaluation import EvalSpec, Listener, Prepared, prepare, run
 from moebench.metrics import Measure, Paired, measure, paired, standing, worst_case
 from moebench.models._moe import moe_layers, route
 from moebench.planning import parse_attacks
-from moebench.schema import SUITE_VERSION, BoolArray, split_part
+from moebench.schema import SUITE_VERSION, BoolArray, is_protocol, split_part
 from moebench.store import Store
 
 SIGNIFICANT = 0.05
@@ -32,7 +32,8 @@ class ExpertRow:
     Attributes:
         model: its name in the store.
         expert: which expert, None for the gate.
-        load: the share of clean images that the gate sends to this expert, by routing weight; 1 for the gate.
+        load: the share of clean images (or of their tokens) that the gate sends to this expert, by routing weight; 1
+            for the gate.
         sa, ra: clean accuracy, and the share that none of the attacks breaks.
         attacks: what each attack leaves.
         sa_test, ra_test: against the gated model on the same images, `only_first` being what only the gate loses; None
@@ -121,6 +122,7 @@ def fixed_experts(
         UsageError: something that was asked for cannot be done; nothing is written.
         RunError: the work failed on the way; what was finished is kept.
     """
+    _refuse_protocols(spec.attacks)
     gated = _prepare(spec, spec.model, command)
     layers = moe_layers(gated.loaded.module)
     layer = _layer(spec.model, tuple(layers), layer)
@@ -164,6 +166,15 @@ def fixed_experts(
 def _prepare(spec: EvalSpec, model: str, command: Callable[[str], str]) -> Prepared:
     one = replace(spec, model=model, views=("whole",), trust=False, save_adv=None, command=command(model))
     return prepare(one, parse_attacks(spec.attacks))
+
+
+def _refuse_protocols(attacks: Sequence[str]) -> None:
+    published = [name for name in attacks if is_protocol(name)]
+    if published:
+        raise UsageError(
+            f"{published[0]!r} is scored by a rule of its own and counts nowhere as robust accuracy; run it on one "
+            "expert by `moebench evaluate --model 'NAME/expert[LAYER:i]'`"
+        )
 
 
 def _layer(model: str, layers: Sequence[str], wanted: str | None) -> str:

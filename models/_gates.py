@@ -93,6 +93,7 @@ class NoisyMoELayer(MoELayer):
     In train mode the softmax of the batch is divided by its standard deviation and Gaussian noise is added; the k
     largest of that are selected, but no expert takes more than ceil(k B / E · capacity) images: it keeps those of
     highest score, the others go to their next best expert that has room. Weights come from the softmax without noise.
+    (Where an expert has too many, the published code ranks its images by a softmax of these scores over the experts.)
 
     Args:
         experts: modules of equal output shape.

@@ -13,17 +13,27 @@ and `backbone=wide-resnet50` are the others. Its training is
         --set lr_low=0 --set schedule=poly --set nesterov=True --set weight_decay=5e-4 --set batch_size=640
         --set translate=4 --set flip=True
 
+and `balance=0.5` for `conv-moe`. Its ResNet-50 has `backbone=resnet50`, `schedule=cosine`, `warmup=0.025` (5 epochs),
+`lr_low=1e-5` and, in some scripts, `balance=0.01`. The baselines are `resnet18-st` and so on, with the same settings.
+
 Digits get a ResNet-12 with MoE layers in its last stage and Adam: SGD at rates of 0.02 (40 epochs) and 0.05 (20 epochs,
 clipped) left `block-moe-switch` near chance on the validation split, Adam at 0.01 did not. `conv-moe`, with five gates
 under the entropy loss, stayed near chance with α = 0.5 and has α = 0.1. Batches of 64 give each of 4 experts 16 images.
 
-Differs from the paper: no colour jitter; the epoch is chosen by validation instead of the last one kept; attacks inside
-training run in eval mode (`attack_mode=train` brings back what the published code does); float32 throughout.
+Differs from the paper: no colour jitter; the epoch is chosen by validation instead of the last one kept.
+
+Differs from the published code: attacks inside training run in eval mode (`attack_mode=train` is what it does);
+training is in float32 (`precision=float16` for that of the ResNet-50 scripts), attacks always are; Free AT adds the
+balancing losses once (it adds them twice, which is `balance=1.0`); the poly schedule falls by batches and begins at
+`lr_high` (its first epoch is at 0.001); `backbone=wide-resnet50` is one (its configurations of that name build a
+ResNet-50); weights of k > 1 sum to 1 exactly (it adds 1e-5 to their sum); the expert-output variance
+(`output_variance`) can be computed.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -48,6 +58,7 @@ from moebench.models._base import (
 from moebench.models._gates import GateName, NoisyMoELayer, make_gate
 from moebench.models._moe import RoutedModel, top_experts
 from moebench.models._objectives import ADVERSARIAL, FAST, FREE, STANDARD
+from moebench.models._output_variance import with_output_variance
 from moebench.schema import PaperCard
 
 PAVLITSKA_2025 = PaperCard(
@@ -81,6 +92,7 @@ class LayerMoERecipe(Recipe):
         balance_loss: "switch", "entropy", "column-entropy" or "variance".
         attack_mode: "eval", or "train" as in the published code, whose attack leaves the network in train mode:
             BatchNorm then learns from all intermediate images and the gates' noise disturbs the attack.
+        output_variance: weight of the expert-output variance, per layer (`variance_alpha` of the published code).
     """
 
     batch_size: int = 64
@@ -90,6 +102,7 @@ class LayerMoERecipe(Recipe):
     balance: float = 0.5
     balance_loss: str = "switch"
     attack_mode: Literal["eval", "train"] = "eval"
+    output_variance: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -97,6 +110,9 @@ class LayerMoERecipe(Recipe):
             raise UsageError(f"balance_loss must be one of {', '.join(BALANCING)}, got {self.balance_loss!r}")
         if self.attack_mode not in ("eval", "train"):
             raise UsageError(f"attack_mode must be eval or train, got {self.attack_mode!r}")
+        weight = self.output_variance
+        if type(weight) not in (int, float) or not 0 <= weight < math.inf:
+            raise UsageError(f"output_variance of a recipe must be a finite number >= 0, got {weight!r}")
 
 
 class LayerMoE(RoutedModel):
@@ -193,7 +209,7 @@ def in_train_mode(adversary: Adversary, model: nn.Module) -> Adversary:
 
 
 def paper_objective(phases: tuple[Phase, ...]) -> tuple[Phase, ...]:
-    """An objective with the recipe's balancing loss, and with the attack in the mode that the recipe names."""
+    """An objective with the recipe's balancing losses, and with the attack in the mode that the recipe names."""
 
     def wrap(loss: PhaseLoss) -> PhaseLoss:
         def total(model: nn.Module, x: Tensor, y: Tensor, adversary: Adversary, recipe: Recipe) -> Tensor:
@@ -207,7 +223,8 @@ def paper_objective(phases: tuple[Phase, ...]) -> tuple[Phase, ...]:
         assert isinstance(recipe, LayerMoERecipe)
         return BALANCING[recipe.balance_loss](probs)
 
-    return balanced(tuple(replace(phase, loss=wrap(phase.loss)) for phase in phases), loss=balance)
+    own = tuple(replace(phase, loss=wrap(phase.loss)) for phase in phases)
+    return balanced(with_output_variance(own), loss=balance)
 
 
 NORMAL_TRAINING = paper_objective(STANDARD)

@@ -14,8 +14,18 @@ from moebench.datasets import load_dataset
 from moebench.errors import UsageError
 from moebench.models import MODELS
 from moebench.models._weights import read_weights
-from moebench.models.dwf import DWF, DWFRecipe, experts_alone_loss, gate_loss, joint_loss
+from moebench.models.dwf import (
+    DWF,
+    DWFRecipe,
+    experts_alone_loss,
+    gate_loss,
+    joint_loss,
+    random_fgsm,
+    random_pgd,
+)
+from moebench.schema import ThreatModel
 from moebench.train import EpochLog, TrainSpec, train
+from moebench.training_adversary import TrainingAdversary
 
 SHAPE = (1, 8, 8)
 RECIPE = DWFRecipe(epochs=1)
@@ -105,6 +115,29 @@ def test_strengths_are_the_papers_at_its_radius() -> None:
         iterations.add(pgd["steps"])
     assert radii == {round(0.01 * level, 6) for level in range(1, 10)}
     assert iterations == {10, 20, 30, 40, 50}
+
+
+def test_attacks_are_fgsm_of_that_radius_and_pgd_within_the_threat_model() -> None:
+    model, x, y = dwf(), 0.3 + 0.4 * images(4), labels(4)
+    recipe = replace(RECIPE, fgsm_levels=1, fgsm_unit=2.5, pgd_unit=3, pgd_levels=1)
+    threat = ThreatModel("Linf", 8 / 255)
+    point = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(F.cross_entropy(model(point), y), point)
+    found = random_fgsm(model, x, y, TrainingAdversary(model, threat, recipe, seed=0), recipe)
+    # The radius may be larger than the threat model's; no random start, no step beside the sign.
+    torch.testing.assert_close(found, x + 2.5 * 8 / 255 * gradient.sign())
+    adversary = TrainingAdversary(model, threat, recipe, seed=0)
+    passes = 0
+
+    def counted(z: Tensor) -> Tensor:
+        nonlocal passes
+        passes += 1
+        logits: Tensor = model(z)
+        return logits
+
+    moved = (random_pgd(counted, x, y, adversary, recipe) - x).abs()
+    assert passes == 3
+    assert float(moved.max()) == pytest.approx(8 / 255, rel=1e-4)
 
 
 def test_each_expert_draws_its_own_strength() -> None:

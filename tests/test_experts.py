@@ -90,17 +90,6 @@ def test_the_forced_view_of_the_whole_model_is_another_number(moebench: Terminal
     assert view["accuracy"] >= float(whole) and view["accuracy"] != alone["ra"]
 
 
-def test_load_of_experts_that_tokens_choose_is_their_share_over_images_and_tokens(moebench: Terminal) -> None:
-    found = moebench("experts", "--model", "v-moe", "--attack", "fgsm", "--n", N, "--json").json
-    layer = found["layer"]
-    assert found["layers"] == ["blocks.1.mlp", "blocks.3.mlp"] and layer == "blocks.3.mlp"
-    with torch.no_grad():
-        weights = route(load_model("v-moe"), digits(N).x)[layer].weights.flatten(0, 1)
-    loads = [row["load"] for row in found["rows"][1:]]
-    assert loads == pytest.approx((weights / weights.sum(1, keepdim=True)).mean(0).tolist())
-    assert sum(loads) == pytest.approx(1)
-
-
 def test_experts_of_a_layer_inside_a_network(moebench: Terminal) -> None:
     words = ("experts", "--model", "mine.py:layered", "--attack", "fgsm,pgd-2", "--n", N)
     found = moebench(*words, "--json").json
@@ -129,9 +118,23 @@ def test_experts_of_a_layer_inside_a_network(moebench: Terminal) -> None:
     assert other["layer"] == "network.layer3.0" and other["reused"] == 2
 
 
+def test_experts_of_a_layer_that_routes_tokens(moebench: Terminal) -> None:
+    found = moebench("experts", "--model", "v-moe", "--attack", "fgsm", "--n", 6, "--json").json
+    model, samples = load_model("v-moe"), digits(6)
+    assert moe_layers(model)[found["layer"]].per_token
+    with torch.no_grad():
+        weights = route(model, samples.x)[found["layer"]].weights
+    assert weights.dim() == 3
+    tokens = [token / sum(token) for image in weights.double().numpy() for token in image]
+    expected = [float(sum(token[i] for token in tokens)) / len(tokens) for i in range(weights.shape[2])]
+    assert [row["load"] for row in found["rows"][1:]] == pytest.approx(expected)
+    assert sum(row["load"] for row in found["rows"][1:]) == pytest.approx(1)
+
+
 def test_what_the_terminal_says(moebench: Terminal) -> None:
-    said = moebench("experts", "--model", "mine.py:layered", "--attack", "fgsm", "--n", N)
+    said = moebench("experts", "--model", "mine.py:layered", "--attack", "pgd-20[steps=2]", "--n", N)
     assert said.code == 0, said.err
+    assert "(pgd-20[steps=2])" in " ".join(said.out.split())
     assert "experts of network.layer3.1" in said.out and "other MoE layers, for --layer: network.layer3.0" in said.out
     assert "RA above the gate:" in said.out and "of 4 experts" in said.out
     assert all(f"expert {number}" in said.out for number in range(4))
@@ -156,6 +159,8 @@ def test_the_command_of_each_row_repeats_it(moebench: Terminal) -> None:
         (("--model", MOE, "--attack", "pgd-O"), "unknown attack 'pgd-O'"),
         (("--model", MOE, "--attack", "region"), "needs a model with routing; st-moe/expert[0] has none"),
         (("--model", MOE, "--attack", " , "), "no attack given"),
+        (("--model", MOE, "--attack", "fgsm,published:robust-experts"), "counts nowhere as robust accuracy"),
+        (("--model", "dual-moe", "--layer", "moe"), "has no MoE layer 'moe'; it has standard.moe, robust.moe"),
         (("--model", MOE, "--n", "0"), "0"),
     ],
 )

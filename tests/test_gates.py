@@ -62,7 +62,9 @@ def test_gates_are_their_definitions() -> None:
 
 
 def test_fixed_gates_learn_nothing_and_are_stored() -> None:
-    gate = make_gate("gap-random", 6, 4)
+    gate, x = make_gate("gap-random", 6, 4), maps(3, 6, 4)
+    torch.testing.assert_close(gate(x), torch.einsum("bchw,ec->be", x, gate.state_dict()["directions"]) / 16)
+    assert make_gate("gap-random", 300, 40).state_dict()["directions"].std().item() == pytest.approx(1, rel=0.05)
     assert list(gate.parameters()) == [] and list(gate.state_dict()) == ["directions"]
     assert gate.state_dict()["directions"].std() > 0.3
     with pytest.raises(UsageError, match="one channel per expert; 7 experts and 6 channels"):
@@ -139,6 +141,30 @@ def test_weights_of_noisy_selection_come_from_the_softmax(top_k: int) -> None:
         # Straight-through: the gradient of each selected weight is that of its softmax.
         (gradient,) = torch.autograd.grad(routing.weights.sum(), probs)
         assert torch.equal(gradient, routing.selected.float())
+
+
+@pytest.mark.parametrize("noise", [0.1, 0.4])
+def test_noise_is_gaussian_on_scores_in_units_of_their_spread(noise: float) -> None:
+    """Two experts whose scores differ by d change places with probability Φ(-d / (std · noise · sqrt 2))."""
+    torch.manual_seed(0)
+    noisy = NoisyMoELayer([nn.Conv2d(6, 3, 1) for _ in range(2)], make_gate("gap-fc", 6, 2), noise=noise).train()
+    share = torch.tensor([0.51, 0.515, 0.525, 0.54, 0.56]).repeat_interleave(4000)
+    probs = torch.stack([share, 1 - share], dim=1)
+    spread = math.sqrt(float(((probs - 0.5) ** 2).mean()))
+    changed = noisy.assign(probs).selected[:, 1].view(5, 4000).double().mean(1)
+    for found, first in zip(changed.tolist(), (0.51, 0.515, 0.525, 0.54, 0.56), strict=True):
+        expected = 0.5 * math.erfc((2 * first - 1) / (spread * noise * math.sqrt(2)) / math.sqrt(2))
+        assert found == pytest.approx(expected, abs=4 * math.sqrt(max(expected * (1 - expected), 1e-4) / 4000))
+
+
+@pytest.mark.parametrize(("top_k", "capacity", "most"), [(1, 1.5, 4), (1, 1.0, 3), (2, 1.0, 5), (2, 1.5, 8)])
+def test_capacity_is_a_multiple_of_the_even_share_rounded_up(top_k: int, capacity: float, most: int) -> None:
+    """ceil(k T / E · cf) for T = 10 images and E = 4 experts, all of whom like expert 0 best and then expert 1."""
+    limited = layer(top_k, capacity=capacity).train()
+    probs = torch.tensor([[0.6, 0.25, 0.1, 0.05]]).repeat(10, 1)
+    load = limited.assign(probs).selected.sum(0).tolist()
+    assert load[0] == most == math.ceil(top_k * 10 / 4 * capacity)
+    assert sum(load) == 10 * top_k and max(load) == most
 
 
 def test_a_soft_mixture_ignores_noise_and_capacity() -> None:

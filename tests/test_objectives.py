@@ -6,13 +6,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_models import Flat, Shift
+from small_models import Flat, Noted, Shift
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moebench.models._balancing import balanced, switch_loss
 from moebench.models._base import Adversary, Phase, Recipe
-from moebench.models._curriculum import from_clean_to_trades
+from moebench.models._curriculum import PRE_TRAINING, from_clean_to_adversarial, from_clean_to_trades
 from moebench.models._objectives import (
     adversarial_loss,
     cross_entropy_adversary,
@@ -133,6 +133,23 @@ def test_trades_by_steps_goes_part_of_the_way() -> None:
         divergence = F.kl_div(adv.log_softmax(1), clean.softmax(1), reduction="batchmean")
         found = phase.loss(model, x, y, Shift(0.1), recipe)
         torch.testing.assert_close(found, F.cross_entropy(clean, y) + 2.5 * divergence)
+
+
+@pytest.mark.parametrize(("attack", "steps"), [("pgd", None), ("fast", 1)])
+def test_adversarial_training_by_steps_goes_part_of_the_way(attack: str, steps: int | None) -> None:
+    model, x, y = Flat(64, 10), images(6), labels(6)
+    phases = from_clean_to_adversarial(standard_loss, attack)
+    assert [phase.span[0] for phase in phases] == pytest.approx([0, PRE_TRAINING, 0.5, 0.6, 0.7])
+    assert [phase.span[1] for phase in phases] == pytest.approx([PRE_TRAINING, 0.5, 0.6, 0.7, 1])
+    clean = Noted(0.1)
+    torch.testing.assert_close(phases[0].loss(model, x, y, clean, RECIPE), F.cross_entropy(model(x), y))
+    assert clean.asked == []
+    for phase, share in zip(phases[1:], (0.25, 0.5, 0.75, 1.0), strict=True):
+        adversary = Noted(0.1)
+        found = phase.loss(model, x, y, adversary, RECIPE)
+        x_adv = (x + 0.1).clamp(0, 1)
+        torch.testing.assert_close(found, F.cross_entropy(model(x + share * (x_adv - x)), y))
+        assert [asked.get("steps") for asked in adversary.asked] == [steps]
 
 
 # --- RT-ER

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import math
+import re
+import shlex
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from small_models import Noted
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moebench.attacks._views import applicable_views, make_view
+from moebench.commands._options import parse_settings
 from moebench.errors import UsageError
-from moebench.models import MODELS
+from moebench.models import MODELS, robust_experts
 from moebench.models._balancing import switch_loss
 from moebench.models._moe import MoELayer, forced_forward, moe_layers, record, soft_route, split_forward, top_experts
+from moebench.models._output_variance import output_variance_loss
 from moebench.models.robust_experts import BALANCING, LayerMoE, LayerMoERecipe
+from moebench.optimizers import make_optimizer, make_schedule
 from moebench.parts import part_of
 from moebench.schema import ThreatModel
 from moebench.train import split_settings
@@ -212,8 +219,8 @@ def test_settings_of_model_and_recipe_are_told_apart() -> None:
     given = {"gate": "gap-fc", "balance_loss": "variance", "noise": 0.2, "attack_mode": "train"}
     model, recipe = split_settings("block-moe-switch", given)
     assert (set(model), set(recipe)) == ({"gate", "noise"}, {"balance_loss", "attack_mode"})
-    for key, value in (("balance_loss", "swich"), ("attack_mode", "both")):
-        with pytest.raises(UsageError, match=f"{key} must be .*got '{value}'"):
+    for key, value in (("balance_loss", "swich"), ("attack_mode", "both"), ("output_variance", "much")):
+        with pytest.raises(UsageError, match=f"{key} .*must be .*got '{value}'"):
             recipe_of("conv-moe", **{key: value})
 
 
@@ -288,6 +295,100 @@ def test_one_step_on_random_images_of_32_pixels(name: str) -> None:
     assert torch.isfinite(loss)
     assert {"network.conv1.weight", "network.fc.weight", f"{layer}.router.conv.weight"} <= moved
     assert all(bool(torch.isfinite(value).all()) for value in model.parameters())
+
+
+class Asked(Noted):
+    """Notes the images that Free AT carries as well."""
+
+    def carried(self, x: Tensor) -> Tensor:
+        self.asked.append({"carried": True})
+        return x
+
+
+@pytest.mark.parametrize(
+    ("name", "asked", "radius", "replays"),
+    [
+        ("block-moe-switch-st", [], 8, 1),
+        ("conv-moe-st", [], 8, 1),
+        # PGD-7 with steps of 2/255 from a random start: nothing is asked for but what the recipe says.
+        ("block-moe-switch", [{}], 8, 1),
+        ("block-moe-single", [{}], 8, 1),
+        ("conv-moe", [{}], 8, 1),
+        ("block-moe-switch-fast-at", [{"steps": 1, "step_size": 4 / 255, "from_clean": True}], 4, 1),
+        ("block-moe-switch-free-at", [{"carried": True}], 4, 4),
+    ],
+)
+def test_training_is_the_papers_at_its_radius(
+    name: str, asked: list[dict[str, Any]], radius: int, replays: int
+) -> None:
+    entry, recipe = MODELS.get(name), recipe_of(name)
+    adversary = Asked(0.0, eps=recipe.eps_fraction * 8 / 255)
+    (phase,) = entry.objective
+    phase.loss(make(name).eval(), images(8), torch.arange(8), adversary, recipe)
+    assert len(adversary.asked) == len(asked)
+    for found, expected in zip(adversary.asked, asked, strict=True):
+        assert found == pytest.approx(expected)
+    assert adversary.eps == pytest.approx(radius / 255) and recipe.replays == replays
+    assert recipe.step_fraction * 8 / 255 == pytest.approx(2 / 255) and recipe.attack_steps == 7
+
+
+def test_documented_command_is_the_papers_recipe() -> None:
+    (words,) = re.findall(r"moebench train ((?:.*\n)(?: {8}.*\n)*)", robust_experts.__doc__ or "")
+    parts = shlex.split(words)
+    pairs = [parts[place + 1] for place, word in enumerate(parts) if word == "--set"]
+    model, changes = split_settings(parts[1], parse_settings(tuple(pairs)))
+    recipe = recipe_of(parts[1], **changes, epochs=int(parts[parts.index("--epochs") + 1]))
+    assert (parts[1], model) == ("block-moe-switch", {})
+    assert (recipe.optimizer, recipe.nesterov, recipe.momentum, recipe.weight_decay) == ("sgd", True, 0.9, 5e-4)
+    assert (recipe.epochs, recipe.batch_size, recipe.balance, recipe.attack_steps) == (200, 640, 0.5, 7)
+    assert (recipe.translate, recipe.flip) == (4, True)
+    optimizer = make_optimizer([nn.Parameter(torch.zeros(1))], recipe)
+    schedule = make_schedule(optimizer, recipe, steps=10)
+    for step in range(10):
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(0.1 * (1 - step / 10) ** 0.9)
+        optimizer.step()
+        schedule.step()
+
+
+# --- expert-output variance
+
+
+def test_output_variance_is_its_formula() -> None:
+    means = torch.tensor([0.1, -0.4, 0.7, 0.2])
+    mean = (0.1 - 0.4 + 0.7 + 0.2) / 4
+    variance = sum((one - mean) ** 2 for one in (0.1, -0.4, 0.7, 0.2)) / 3
+    assert float(output_variance_loss(means)) == pytest.approx(1 - math.sqrt(variance + 1e-4))
+    assert float(output_variance_loss(torch.zeros(4))) == pytest.approx(0.99)
+    assert float(output_variance_loss(torch.tensor([-2.0, 2.0]))) == 0
+
+
+@pytest.mark.parametrize(("name", "attack_mode"), [("block-moe-entropy", "eval"), ("block-moe-entropy-st", "train")])
+def test_output_variance_is_of_the_experts_mean_outputs(name: str, attack_mode: str) -> None:
+    model = undecided(name)
+    recipe = recipe_of(name, attack_steps=2, attack_mode=attack_mode)
+    x, y = images(32), torch.arange(32) % 10
+    (phase,) = MODELS.get(name).objective
+    plain = phase.loss(model, x, y, adversary_for(model, recipe), recipe)
+    found = phase.loss(model, x, y, adversary_for(model, recipe), replace(recipe, output_variance=2.0))
+    seen = x
+    if not name.endswith("-st"):
+        seen = adversary_for(model, recipe)(model, x, lambda logits: F.cross_entropy(logits, y, reduction="none"))
+    expected = 0.0
+    network, first, second = modules_of(model)
+    features = trunk(network, seen)
+    for layer in (first, second):
+        chosen = layer.router(features).argmax(1)
+        outputs = one_by_one(layer, features, chosen)
+        groups = [outputs[chosen == number] for number in range(4)]
+        means = torch.stack([group.mean() if len(group) else torch.zeros(()) for group in groups])
+        expected += max(0.0, 1 - math.sqrt(means.detach().var().item() + 1e-4))
+        features = outputs
+    assert expected > 0
+    assert (found - plain).item() == pytest.approx(2 * expected, abs=1e-4)
+    torch.autograd.backward(found - plain)
+    gradients = [parameter.grad for parameter in second.experts.parameters() if parameter.grad is not None]
+    assert any(float(gradient.abs().max()) > 0 for gradient in gradients)
+    assert not any(part._forward_hooks for part in model.modules())
 
 
 # --- evaluation

@@ -109,7 +109,7 @@ def _print(table: ExpertTable) -> None:
     shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     shown.add_column("answers")
     for heading in ("load %", "SA %", "p", f"RA % ({', '.join(gate.attacks)})", "p"):
-        shown.add_column(heading, justify="right")
+        shown.add_column(escape(heading), justify="right")
     for row in table.rows:
         shown.add_row(*map(escape, _cells(row, percent(row.load))))
     console.print(shown)
