@@ -32,6 +32,11 @@ class TrainingLog:
         self._writer: Any = None
         self._make_writer: Any = _summary_writer() if events is not None else None
 
+    @property
+    def left(self) -> str:
+        """What a run that failed leaves behind, for its message."""
+        return f"nothing was saved but {self.path}" if self.path.exists() else "nothing was saved"
+
     def go_on(self, epochs: Sequence[Line]) -> None:
         """Continues the log of an interrupted run after these epochs.
 
