@@ -18,11 +18,12 @@ from torch import nn
 
 from moebench.checkpoint import clear_drafts
 from moebench.datasets import load_training_splits
-from moebench.errors import RunError, UsageError
+from moebench.errors import FailedTraining, RunError, UsageError
+from moebench.files import check_folder
 from moebench.models._base import MODELS, Recipe
 from moebench.models._weights import load_into, read_card, read_weights, save_weights, shipped_weights
 from moebench.recipes import own_settings, plan_training, variant_name
-from moebench.trainer import Trainer
+from moebench.trainer import State, Trainer
 from moebench.training_choice import EpochLog, verdict
 from moebench.training_spec import TrainSpec, split_settings
 
@@ -40,9 +41,10 @@ def train(spec: TrainSpec, progress: Callable[[EpochLog, int], None] | None = No
     Returns: the weights file and the card.
 
     Raises:
-        UsageError: unknown names or settings, a recipe of another kind of model, a part to start from is missing, or
-            the file holds another variant of the model.
-        RunError: the loss became NaN, or the model collapsed to chance.
+        UsageError: unknown names or settings, a recipe of another kind of model, a part to start from is missing, the
+            folder cannot be written, or the file holds another variant of the model.
+        FailedTraining: the loss or the weights became NaN, or the model collapsed to chance.
+        RunError: a file cannot be written; the same command goes on from the checkpoint.
     """
     entry = MODELS.get(spec.model)
     plan = plan_training(entry, spec.objective, spec.recipe or {})
@@ -54,6 +56,7 @@ def train(spec: TrainSpec, progress: Callable[[EpochLog, int], None] | None = No
     _seed_everything(spec.seed)
     settings = {**entry.settings, **(spec.settings or {})}
     path = spec.out / f"{spec.stem}.safetensors"
+    check_folder(spec.out)
     _keep_other_models(path, spec, settings, entry.settings)
     model = entry.make(train_set.num_classes, train_set.shape, **(spec.settings or {})).to(spec.device)
     initialised_from = _initialise(model, plan.recipe, spec)
@@ -62,8 +65,8 @@ def train(spec: TrainSpec, progress: Callable[[EpochLog, int], None] | None = No
     trainer = Trainer(model, entry, plan.recipe, train_set, val_set, spec, start)
     try:
         best, log = trainer.run(progress)
-        warning = _judge(trainer, log, trial=plan.recipe.epochs < plan.full)
-    except RunError:
+        warning = _judge(trainer, best, log, trial=plan.recipe.epochs < plan.full)
+    except FailedTraining:
         # The same steps would end the same way, and another seed should not have to ask for --fresh.
         if trainer.epoch > 0:
             trainer.checkpoint_path.unlink(missing_ok=True)
@@ -86,16 +89,26 @@ def train(spec: TrainSpec, progress: Callable[[EpochLog, int], None] | None = No
         "torch": torch.__version__.split("+")[0],
         "command": spec.command,
     }
-    card["sha256"] = save_weights(path, best, card)
+    try:
+        card["sha256"] = save_weights(path, best, card)
+    except RunError as error:
+        kept = "; the checkpoint is kept, and the same command writes them" if trainer.epoch > 0 else ""
+        raise RunError(f"{error}{kept}") from None
     trainer.checkpoint_path.unlink(missing_ok=True)
     return path, card
 
 
-def _judge(trainer: Trainer, log: Sequence[EpochLog], *, trial: bool) -> str | None:
+def _judge(trainer: Trainer, best: State, log: Sequence[EpochLog], *, trial: bool) -> str | None:
     """A warning about what was learnt, if there is one; a model that is composed of trained ones learns nothing."""
     if trainer.recipe.epochs == 0:
         return None
     spec, left = trainer.spec, trainer.log_file.left
+    # An expert that no image reaches does not show in the loss.
+    wrong = [name for name, value in best.items() if not bool(torch.isfinite(value).all())]
+    if wrong:
+        raise FailedTraining(
+            f"weights of {spec.stem} are no numbers, {wrong[0]} first; {left} (lower the learning rate)"
+        )
     return verdict(spec.stem, trainer.choice, log, trainer.chance, left=left, trial=trial)
 
 

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from moebench.augmentation import augmented
 from moebench.checkpoint import checkpoint_path, read_checkpoint, write_checkpoint
 from moebench.datasets import Dataset
-from moebench.errors import RunError, UsageError
+from moebench.errors import FailedTraining, UsageError
 from moebench.learner import Learner
 from moebench.models._base import ModelEntry, Phase, Recipe
 from moebench.training_adversary import TrainingAdversary
@@ -83,7 +83,13 @@ class Trainer:
         self.best_score = -1.0
 
     def run(self, progress: Listener | None) -> tuple[State, list[EpochLog]]:
-        """Trains to the end of the recipe, from the last checkpoint if there is one."""
+        """Trains to the end of the recipe, from the last checkpoint if there is one.
+
+        Raises:
+            UsageError: the checkpoint is another run's, or none.
+            FailedTraining: the loss is no number.
+            RunError: the checkpoint or the log cannot be written.
+        """
         if self.recipe.epochs == 0:
             return self.best, [EpochLog(0, 0.0, *self.validate())]
         if not self.spec.fresh:
@@ -91,6 +97,7 @@ class Trainer:
         try:
             while self.epoch < self.recipe.epochs:
                 self._run_epoch(progress)
+            self.log_file.catch_up()
         finally:
             self.log_file.close()
         return self.best, self.log
@@ -122,7 +129,7 @@ class Trainer:
             for _ in range(self.recipe.replays):
                 for loss in self.learner.step(x, y, active):
                     if not math.isfinite(loss):
-                        raise RunError(
+                        raise FailedTraining(
                             f"the loss of {self.spec.stem} became {loss} in epoch {self.epoch + 1}; "
                             f"{self.log_file.left}"
                         )

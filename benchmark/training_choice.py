@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from moebench.errors import RunError
+from moebench.errors import FailedTraining
 
 
 @dataclass(frozen=True)
@@ -81,16 +81,17 @@ def verdict(
         log: all of its epochs.
         chance: of its data.
         left: what a run that failed leaves behind, for the message.
-        trial: the run is shorter than its recipe, so that a low robust accuracy has another explanation.
+        trial: the run is shorter than its recipe, so that a low accuracy has another explanation.
     Returns: a warning, if there is one.
 
     Raises:
-        RunError: the model collapsed to chance.
+        FailedTraining: the model collapsed to chance.
     """
+    longer = "train longer, or " if trial else ""
     if max(line.val_clean or 0.0 for line in choice.counted(log)) <= chance.least:
-        raise RunError(
+        raise FailedTraining(
             f"{name} collapsed: validation accuracy never passed {chance.least:.0%}; {left} "
-            "(try another seed, a smaller beta or a lower learning rate)"
+            f"({longer}try another seed, a smaller beta or a lower learning rate)"
         )
     robust = choice.chosen(log).val_robust or 0.0
     if choice.select == "clean" or robust > chance.constant:
@@ -98,7 +99,7 @@ def verdict(
     found = f"robust validation accuracy {robust:.1%}, and a constant answer gets {chance.constant:.1%}"
     if trial:
         return f"{found}: train longer"
-    raise RunError(
+    raise FailedTraining(
         f"{name} collapsed: {found}; {left} "
         "(try another seed, a smaller beta, a smaller radius or a lower learning rate)"
     )

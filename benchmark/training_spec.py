@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,10 +37,11 @@ class TrainSpec:
     @property
     def command(self) -> str:
         """The command that trains it again."""
-        words = ["moebench train", f"--model {self.model}", f"--dataset {self.dataset}", f"--seed {self.seed}"]
-        words += [f"--recipe {self.objective}"] if self.objective is not None else []
-        words += [f"--set {key}={value}" for key, value in {**(self.settings or {}), **(self.recipe or {})}.items()]
-        return " ".join(words)
+        words = ["moebench", "train", "--model", self.model, "--dataset", self.dataset, "--seed", str(self.seed)]
+        words += ["--recipe", self.objective] if self.objective is not None else []
+        for key, value in {**(self.settings or {}), **(self.recipe or {})}.items():
+            words += ["--set", f"{key}={value}"]
+        return shlex.join(words)
 
 
 def split_settings(model: str, settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
