@@ -32,7 +32,7 @@ def write_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
         os.replace(draft, path)
     except (OSError, RuntimeError) as error:
         # torch reports a full disk as a RuntimeError that does not say so.
-        reason = (error.strerror or error) if isinstance(error, OSError) else "is the disk full?"
+        reason = (error.strerror or error) if isinstance(error, OSError) else "the disk seems to be full"
         kept = "; the checkpoint before is kept" if path.exists() else ""
         raise RunError(f"cannot write {path}: {reason}{kept}") from None
     finally:

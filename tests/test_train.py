@@ -169,6 +169,40 @@ def test_goes_on_after_a_kill_as_if_there_had_been_none(tmp_path: Path, undistur
     assert (tmp_path / "resnet-at.safetensors").read_bytes() == undisturbed.read_bytes()
 
 
+DIES = """
+import os, signal, sys
+import torch
+from moebench.cli import main
+
+whole, written = torch.save, 0
+
+
+def half(state, path):
+    global written
+    whole(state, path)
+    written += 1
+    if written == 2:
+        os.truncate(path, os.path.getsize(path) // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+torch.save = half
+main(sys.argv[1:])
+"""
+
+
+def test_a_kill_while_the_checkpoint_is_written_costs_one_epoch(tmp_path: Path, undisturbed: Path) -> None:
+    died = run([sys.executable, "-c", DIES, *command(tmp_path)[3:]])
+    assert died.returncode == -signal.SIGKILL
+    draft, checkpoint = sorted(name for name in os.listdir(tmp_path) if name.startswith("."))
+    assert re.fullmatch(r"\.resnet-at\.training\.\d+", draft) and checkpoint == ".resnet-at.training.pt"
+    goes_on = Interrupt(0)
+    path, _ = train(spec(tmp_path, epochs=4), goes_on)
+    assert goes_on.seen == [2, 3, 4]
+    assert path.read_bytes() == undisturbed.read_bytes()
+    assert sorted(os.listdir(tmp_path)) == FILES
+
+
 @pytest.fixture
 def interrupted(tmp_path: Path) -> Path:
     """A folder with the checkpoint of one epoch of two."""
