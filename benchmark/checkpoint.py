@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from moebench.errors import UsageError
+from moebench.errors import RunError, UsageError
 
 
 def checkpoint_path(folder: Path, stem: str) -> Path:
@@ -23,7 +23,7 @@ def write_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
     """Replaces the checkpoint.
 
     Raises:
-        UsageError: the folder cannot be written.
+        RunError: it cannot be written, because the disk is full, say; the one before is kept.
     """
     draft = path.with_suffix(f".{os.getpid()}")
     try:
@@ -32,8 +32,9 @@ def write_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
         os.replace(draft, path)
     except (OSError, RuntimeError) as error:
         # torch reports a full disk as a RuntimeError that does not say so.
-        reason = (error.strerror or error) if isinstance(error, OSError) else "is the disk full?"
-        raise UsageError(f"cannot write {path}: {reason}") from None
+        reason = (error.strerror or error) if isinstance(error, OSError) else "the disk seems to be full"
+        kept = "; the checkpoint before is kept" if path.exists() else ""
+        raise RunError(f"cannot write {path}: {reason}{kept}") from None
     finally:
         with suppress(OSError):
             draft.unlink(missing_ok=True)

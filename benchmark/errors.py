@@ -25,6 +25,10 @@ class RunError(MoebenchError):
     exit_code = 1
 
 
+class FailedTraining(RunError):
+    """Training came to nothing, and the same steps would again: the loss is no number, or the model learnt nothing."""
+
+
 class InWorkError(RunError):
     """Another process is at work on what was asked for, or has just finished it.
 

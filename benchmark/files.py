@@ -7,6 +7,8 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
+from moebench.errors import UsageError
+
 
 def replace_file(path: Path, data: bytes) -> None:
     """Writes a file in one step, so that a reader sees the old one or the new one; makes its folder.
@@ -28,3 +30,23 @@ def replace_file(path: Path, data: bytes) -> None:
         with suppress(OSError):
             draft.unlink(missing_ok=True)
         raise
+
+
+def check_folder(folder: Path, option: str = "--out") -> None:
+    """Refuses a folder in which nothing could be written after hours of work; makes nothing.
+
+    Args:
+        folder: need not exist yet.
+        option: what named it.
+
+    Raises:
+        UsageError: a file could not be made there.
+    """
+    try:
+        nearest = next(one for one in (folder, *folder.absolute().parents) if one.exists())
+        with tempfile.TemporaryFile(dir=nearest):
+            pass
+    except OSError as error:
+        raise UsageError(
+            f"cannot write to {folder}: {error.strerror or error}; choose another place for {option}"
+        ) from None

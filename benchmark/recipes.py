@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -61,7 +62,7 @@ def _own(entry: ModelEntry, changes: Mapping[str, Any]) -> TrainingPlan:
         raise UsageError(
             f"model {entry.name!r} has no training recipe; --recipe takes {', '.join(recipes_of(entry.name))}"
         )
-    recipe = override(entry.recipe, changes)
+    recipe = override(entry.recipe, changes, entry)
     if entry.objective and recipe.epochs == 0:
         raise UsageError(f"{entry.name} is not composed of trained models: it needs at least 1 epoch, got 0")
     if recipe.epochs > 0 and not entry.objective:
@@ -72,7 +73,7 @@ def _own(entry: ModelEntry, changes: Mapping[str, Any]) -> TrainingPlan:
 def _general(entry: ModelEntry, name: str, changes: Mapping[str, Any]) -> TrainingPlan:
     objective = OBJECTIVES.get(name)
     own = entry.recipe or Recipe(epochs=0)
-    recipe = override(override(own, objective.defaults), changes)
+    recipe = override(override(own, objective.defaults), changes, entry)
     full = max((own.epochs or EPOCHS) // recipe.replays, 1)
     if "epochs" not in changes:
         recipe = replace(recipe, epochs=full)
@@ -93,8 +94,13 @@ def _sibling(entry: ModelEntry, name: str) -> ModelEntry:
     return other
 
 
-def override(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
+def override(recipe: Recipe, changes: Mapping[str, Any], entry: ModelEntry | None = None) -> Recipe:
     """The recipe with some of its fields changed.
+
+    Args:
+        recipe: to change.
+        changes: fields and their values.
+        entry: the model, for the message: its settings may have been meant.
 
     Raises:
         UsageError: it has no such field, or the value is impossible.
@@ -102,7 +108,11 @@ def override(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
     known = [one.name for one in fields(recipe)]
     unknown = sorted(set(changes) - set(known))
     if unknown:
-        raise UsageError(f"a recipe has no {', '.join(unknown)}; it has {', '.join(known)}")
+        settings = sorted(entry.build.__kwdefaults__ or {}) if entry is not None else []
+        close = difflib.get_close_matches(unknown[0].lower(), [*settings, *known], n=2, cutoff=0.5)
+        hint = f"did you mean {' or '.join(close)}? " if close else ""
+        also = f"; {entry.name} itself has {', '.join(settings)}" if entry is not None and settings else ""
+        raise UsageError(f"a recipe has no {', '.join(unknown)}; {hint}it has {', '.join(known)}{also}")
     return replace(recipe, **changes)
 
 

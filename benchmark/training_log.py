@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
-from moebench.errors import UsageError
+from moebench.errors import RunError, UsageError
 from moebench.files import replace_file
 
 Line = Mapping[str, Any]
@@ -28,9 +29,15 @@ class TrainingLog:
         self.path = path
         self._events = events
         self._earlier: list[Line] = []
+        self._begun = False
         self._file: TextIO | None = None
         self._writer: Any = None
         self._make_writer: Any = _summary_writer() if events is not None else None
+
+    @property
+    def left(self) -> str:
+        """What a run that failed leaves behind, for its message."""
+        return f"nothing was saved but {self.path}" if self.path.exists() else "nothing was saved"
 
     def go_on(self, epochs: Sequence[Line]) -> None:
         """Continues the log of an interrupted run after these epochs.
@@ -60,25 +67,42 @@ class TrainingLog:
         """Adds one epoch: `epoch`, and numbers, None or lists of numbers by their names.
 
         Raises:
-            UsageError: the file or the events cannot be written.
+            RunError: the file or the events cannot be written.
         """
+        self.catch_up()
         try:
             if self._file is None:
-                replace_file(self.path, "".join(f"{json.dumps(earlier)}\n" for earlier in self._earlier).encode())
                 self._file = self.path.open("a", encoding="utf-8")
             self._file.write(f"{json.dumps(line)}\n")
             self._file.flush()
             if self._events is not None:
                 self._write_events(line)
         except OSError as error:
-            raise UsageError(f"cannot write {self.path}: {error.strerror or error}") from None
+            raise RunError(f"cannot write {self.path}: {error.strerror or error}") from None
+
+    def catch_up(self) -> None:
+        """Puts the epochs of an interrupted run in place, of whose last one the file may know nothing.
+
+        Raises:
+            RunError: the file cannot be written.
+        """
+        if self._begun:
+            return
+        try:
+            replace_file(self.path, "".join(f"{json.dumps(earlier)}\n" for earlier in self._earlier).encode())
+        except OSError as error:
+            raise RunError(f"cannot write {self.path}: {error.strerror or error}") from None
+        self._begun = True
 
     def close(self) -> None:
-        """Closes the file and the events; harmless where nothing was written."""
+        """Closes the file and the events; harmless where nothing was written, or could be."""
+        # What a full disk did not take is still in the buffer, and would be tried once more.
         if self._file is not None:
-            self._file.close()
+            with suppress(OSError):
+                self._file.close()
         if self._writer is not None:
-            self._writer.close()
+            with suppress(OSError):
+                self._writer.close()
 
     def _write_events(self, line: Line) -> None:
         epoch = line["epoch"]

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from moebench.errors import UsageError
+from moebench.errors import RunError, UsageError
 
 SHIPPED = Path(__file__).parent / "weights"
 """Folder of the weights that come with the package, one folder per data set."""
@@ -40,20 +41,19 @@ def state_sha256(model: nn.Module) -> str:
 
 
 def save_weights(path: Path, state: Mapping[str, Tensor], card: Mapping[str, Any]) -> str:
-    """Writes weights and card, each whole or not at all; returns the sha256 of the weights file.
+    """Writes weights and card, both or neither; returns the sha256 of the weights file.
 
     Raises:
-        UsageError: the folder cannot be written.
+        RunError: they cannot be written, because the disk is full, say.
     """
     data = save({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()})
     digest = sha256_of(data)
     text = json.dumps({**card, "sha256": digest}, indent=1, sort_keys=True) + "\n"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _write(path, data)
-        _write(path.with_suffix(".json"), text.encode())
+        _write({path: data, path.with_suffix(".json"): text.encode()})
     except OSError as error:
-        raise UsageError(f"cannot write {path}: {error.strerror or error}") from None
+        raise RunError(f"cannot write {path}: {error.strerror or error}") from None
     return digest
 
 
@@ -111,10 +111,15 @@ def load_into(model: nn.Module, state: Mapping[str, Tensor], source: str) -> Non
         raise UsageError(f"the weights {source} do not fit the model: {first[:300]}") from None
 
 
-def _write(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+def _write(files: Mapping[Path, bytes]) -> None:
+    """Replaces the files once there is room for all of them."""
+    drafts = {path: path.with_name(f".{path.name}.{os.getpid()}") for path in files}
     try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
+        for path, draft in drafts.items():
+            draft.write_bytes(files[path])
+        for path, draft in drafts.items():
+            os.replace(draft, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        for draft in drafts.values():
+            with suppress(OSError):
+                draft.unlink(missing_ok=True)

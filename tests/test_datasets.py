@@ -109,6 +109,16 @@ def test_splits_of_the_data_set_come_first() -> None:
     assert (train.sha256, val.sha256) == tuple(load_dataset("digits", split=one).sha256 for one in ("train", "val"))
 
 
+def test_splits_of_different_shapes_are_refused(tmp_path: Path) -> None:
+    """Colour in one split and none in the other is the likely case: grey images are read with one channel."""
+    for split, mode in (("train", "RGB"), ("val", "L")):
+        for name in "ab":
+            (tmp_path / split / name).mkdir(parents=True)
+            Image.new(mode, (4, 4), color=80 if mode == "L" else (80, 10, 10)).save(tmp_path / split / name / "1.png")
+    with pytest.raises(UsageError, match=r"training images of .*\(3, 4, 4\) and validation images of \(1, 4, 4\)"):
+        load_training_splits(f"folder:{tmp_path}")
+
+
 def test_too_little_training_data_is_refused(tmp_path: Path) -> None:
     np.savez(tmp_path / "data.npz", x=np.zeros((9, 8, 8, 1), np.uint8), y=np.arange(9))
     with pytest.raises(UsageError, match="has 9 training samples and no validation split; at least 10 are needed"):

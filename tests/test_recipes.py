@@ -271,12 +271,12 @@ def test_free_at_by_hand(tmp_path: Path) -> None:
             grad_w, grad_b, grad_z = torch.autograd.grad(loss, (w, b, z))
             weight, bias = w.detach() - 0.01 * grad_w, b.detach() - 0.01 * grad_b
             delta = (delta + eps * grad_z.sign()).clamp(-eps, eps)
-    torch.testing.assert_close(trainer.model.get_parameter("linear.weight").detach(), weight)
-    torch.testing.assert_close(trainer.model.get_parameter("linear.bias").detach(), bias)
+    torch.testing.assert_close(trainer.learner.model.get_parameter("linear.weight").detach(), weight)
+    torch.testing.assert_close(trainer.learner.model.get_parameter("linear.bias").detach(), bias)
     assert mean == pytest.approx(sum(losses) / 6)
-    assert trainer.adversary.delta is not None
+    assert trainer.learner.adversary.delta is not None
     # A gradient next to 0 may have either sign.
-    assert (trainer.adversary.delta == delta).double().mean() > 0.999
+    assert (trainer.learner.adversary.delta == delta).double().mean() > 0.999
     assert delta.abs().amax() == pytest.approx(eps)
 
 
@@ -300,9 +300,11 @@ def test_radius_in_training_is_a_share_of_the_threat_models(tmp_path: Path) -> N
     sets = load_dataset("digits", split="train"), load_dataset("digits", split="val")
     recipe, wanted = Recipe(epochs=1, eps_fraction=0.5), TrainSpec("resnet-at", "digits", tmp_path)
     trainer = Trainer(Flat(64, 10), MODELS.get("resnet-at"), recipe, *sets, wanted, {})
-    assert (trainer.adversary.eps, trainer.threat.eps) == (0.1, 0.2)
+    assert (trainer.learner.adversary.eps, trainer.threat.eps) == (0.1, 0.2)
     x = trainer.x[:20]
-    found = trainer.adversary(trainer.model, x, lambda z: F.cross_entropy(z, trainer.y[:20], reduction="none"))
+    found = trainer.learner.adversary(
+        trainer.learner.model, x, lambda z: F.cross_entropy(z, trainer.y[:20], reduction="none")
+    )
     assert (found - x).abs().max().item() == pytest.approx(0.1)
 
 

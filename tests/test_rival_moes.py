@@ -21,7 +21,8 @@ from moebench.models._image_moe import ImageMoE
 from moebench.models._moe import forced_forward, moe_layers
 from moebench.parts import part_of
 from moebench.schema import ThreatModel
-from moebench.train import TrainingAdversary, split_settings
+from moebench.train import split_settings
+from moebench.training_adversary import TrainingAdversary
 
 DIGITS, CIFAR = (1, 8, 8), (3, 32, 32)
 NAMES = ["dwf", "soe", "adv-moe", "adv-moe-cnn"]

@@ -2,12 +2,15 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
+import shlex
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -166,6 +169,40 @@ def test_goes_on_after_a_kill_as_if_there_had_been_none(tmp_path: Path, undistur
     assert (tmp_path / "resnet-at.safetensors").read_bytes() == undisturbed.read_bytes()
 
 
+DIES = """
+import os, signal, sys
+import torch
+from moebench.cli import main
+
+whole, written = torch.save, 0
+
+
+def half(state, path):
+    global written
+    whole(state, path)
+    written += 1
+    if written == 2:
+        os.truncate(path, os.path.getsize(path) // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+torch.save = half
+main(sys.argv[1:])
+"""
+
+
+def test_a_kill_while_the_checkpoint_is_written_costs_one_epoch(tmp_path: Path, undisturbed: Path) -> None:
+    died = run([sys.executable, "-c", DIES, *command(tmp_path)[3:]])
+    assert died.returncode == -signal.SIGKILL
+    draft, checkpoint = sorted(name for name in os.listdir(tmp_path) if name.startswith("."))
+    assert re.fullmatch(r"\.resnet-at\.training\.\d+", draft) and checkpoint == ".resnet-at.training.pt"
+    goes_on = Interrupt(0)
+    path, _ = train(spec(tmp_path, epochs=4), goes_on)
+    assert goes_on.seen == [2, 3, 4]
+    assert path.read_bytes() == undisturbed.read_bytes()
+    assert sorted(os.listdir(tmp_path)) == FILES
+
+
 @pytest.fixture
 def interrupted(tmp_path: Path) -> Path:
     """A folder with the checkpoint of one epoch of two."""
@@ -231,16 +268,49 @@ def small_files() -> None:
 
 def test_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
     done = run(command(tmp_path / "out", epochs=1), preexec_fn=small_files)
-    assert done.returncode == 2
+    assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith("moebench: cannot write ")
     assert "Traceback" not in done.stderr
     assert os.listdir(tmp_path / "out") == []
 
 
-def test_folder_that_is_a_file_is_refused(tmp_path: Path) -> None:
+@contextmanager
+def no_room(limit: int = 100) -> Iterator[None]:
+    """No file of this process may grow past so many bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("filled", [1, 2])
+def test_a_disk_that_fills_costs_one_epoch_at_most(tmp_path: Path, filled: int) -> None:
+    """After the first of two epochs the next checkpoint has no room, after the second the weights have none."""
+    whole, _ = train(spec(tmp_path / "whole", "resnet-st"))
+    room = ExitStack()
+    with room, pytest.raises(RunError) as caught:
+        train(
+            spec(tmp_path / "out", "resnet-st"), lambda line, _: line.epoch == filled and room.enter_context(no_room())
+        )
+    lost = tmp_path / "out" / (".resnet-st.training.pt" if filled == 1 else "resnet-st.safetensors")
+    assert re.fullmatch(rf"cannot write {re.escape(str(lost))}: .*; the checkpoint .*", str(caught.value))
+    assert sorted(os.listdir(tmp_path / "out")) == [".resnet-st.training.pt", "resnet-st.log.jsonl"]
+    goes_on = Interrupt(0)
+    path, card = train(spec(tmp_path / "out", "resnet-st"), goes_on)
+    assert goes_on.seen == ([2] if filled == 1 else [])
+    assert path.read_bytes() == whole.read_bytes() and card["log"] == read_weights(whole)[1]["log"]
+    assert sorted(os.listdir(tmp_path / "out")) == ["resnet-st.json", "resnet-st.log.jsonl", "resnet-st.safetensors"]
+
+
+@pytest.mark.parametrize("place", ["out", "out/deeper/still"])
+def test_folder_that_is_a_file_is_refused_before_any_work(tmp_path: Path, place: str) -> None:
     (tmp_path / "out").write_text("a file")
-    assert refused(spec(tmp_path / "out", epochs=1)).startswith(f"cannot write {tmp_path / 'out'}")
-    assert (tmp_path / "out").read_text() == "a file"
+    listen = Interrupt(0)
+    message = refused(spec(tmp_path / place, epochs=1), listen)
+    assert message == f"cannot write to {tmp_path / place}: Not a directory; choose another place for --out"
+    assert listen.seen == [] and (tmp_path / "out").read_text() == "a file"
 
 
 # --- starting from other weights
@@ -377,6 +447,13 @@ def flat(num_classes: int, shape: Shape) -> nn.Module:
     return Flat(64, num_classes)
 
 
+@register_model("test-unused", recipe=Recipe(epochs=2), objective=STANDARD, **FACTS)
+def unused(num_classes: int, shape: Shape) -> nn.Module:
+    model = Flat(64, num_classes)
+    model.register_buffer("unused", torch.full((2,), float("nan")))
+    return model
+
+
 def test_nan_stops_the_run_and_leaves_its_log(tmp_path: Path) -> None:
     listen = Interrupt(0)
     with pytest.raises(RunError, match=r"the loss of test-nan became nan in epoch 2; nothing was saved but .*jsonl$"):
@@ -395,6 +472,17 @@ def test_collapse_stops_the_run_and_leaves_its_log(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="test-collapse collapsed: validation accuracy never passed 20%; nothing was"):
         train(spec(tmp_path, "test-collapse"))
     assert os.listdir(tmp_path) == ["test-collapse.log.jsonl"]
+
+
+def test_a_trial_that_learnt_nothing_is_told_to_train_longer(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"never passed 20%; nothing .* \(train longer, or try another seed"):
+        train(spec(tmp_path, "test-collapse", epochs=1))
+
+
+def test_an_unused_part_that_is_no_number_is_not_saved(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"^weights of test-unused are no numbers, unused first; nothing was saved but"):
+        train(spec(tmp_path, "test-unused", recipe={**SURE, "select": "clean"}))
+    assert os.listdir(tmp_path) == ["test-unused.log.jsonl"]
 
 
 def test_collapse_after_pre_training_is_a_collapse(tmp_path: Path) -> None:
@@ -443,7 +531,8 @@ def test_collapse_of_a_real_recipe(tmp_path: Path) -> None:
     [
         ({"model": "resnet-aat"}, "unknown model 'resnet-aat'; did you mean resnet-at"),
         ({"model": "test-untrained"}, "model 'test-untrained' has no training recipe"),
-        ({"recipe": {"epoch": 3}}, "a recipe has no epoch; it has epochs, batch_size,"),
+        ({"recipe": {"epoch": 3}}, "a recipe has no epoch; did you mean epochs? it has epochs, batch_size,"),
+        ({"model": "rt-er", "recipe": {"routr": "frozen"}}, "a recipe has no routr; did you mean router"),
         ({"settings": {"width": 3}}, "model 'resnet-at' has no setting 'width'"),
         ({"dataset": "digit"}, "unknown data set 'digit'; did you mean digits"),
         ({"recipe": {"epochs": "three"}}, "epochs of a recipe must be a whole number >= 0, got 'three'"),
@@ -514,6 +603,30 @@ def test_checkpoint_on_other_data_is_refused(interrupted: Path, monkeypatch: pyt
 
     monkeypatch.setattr("moebench.datasets._training.load_dataset", changed)
     assert "or on other data; delete it or use --fresh" in refused(spec(interrupted.parent))
+
+
+def test_the_log_of_a_run_killed_before_its_last_line_is_whole(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        train(spec(tmp_path, "resnet-st"), Interrupt(2))
+    path = tmp_path / "resnet-st.log.jsonl"
+    path.write_text(path.read_text().splitlines(keepends=True)[0])
+    _, card = train(spec(tmp_path, "resnet-st"))
+    log = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(line["epoch"], line["loss"]) for line in log] == [(line["epoch"], line["loss"]) for line in card["log"]]
+
+
+def test_the_command_of_a_card_is_one_that_a_shell_reads() -> None:
+    wanted = TrainSpec(
+        "dual-moe",
+        "npz:my data.npz",
+        Path("out"),
+        recipe={"init_from": {"robust": "rt-er"}, "beta": 3.0},
+        objective="at",
+    )
+    assert shlex.split(wanted.command) == [
+        "moebench", "train", "--model", "dual-moe", "--dataset", "npz:my data.npz", "--seed", "0", "--recipe", "at",
+        "--set", "init_from={'robust': 'rt-er'}", "--set", "beta=3.0",
+    ]  # fmt: skip
 
 
 # --- single epochs and phases

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import json
+import resource
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 
 from moebench.commands.train import TrainingBar
-from moebench.errors import UsageError
+from moebench.errors import RunError, UsageError
 from moebench.train import EpochLog, TrainSpec, train
 from moebench.training_log import TrainingLog
 
@@ -83,8 +84,25 @@ def test_what_the_file_lacks_comes_from_the_checkpoint(tmp_path: Path, there: st
 
 def test_log_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UsageError, match=r"^cannot write .*log.jsonl: "):
+    with pytest.raises(RunError, match=r"^cannot write .*log.jsonl: "):
         TrainingLog(tmp_path / "file" / "log.jsonl").write(epoch(1))
+
+
+def test_a_full_disk_is_said_once_and_not_again_on_closing(tmp_path: Path) -> None:
+    log = TrainingLog(tmp_path / "log.jsonl")
+    log.write(epoch(1))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40, before[1]))
+    try:
+        with pytest.raises(RunError, match=r"^cannot write .*log.jsonl: File too large"):
+            log.write(epoch(2))
+        log.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    again = TrainingLog(tmp_path / "log.jsonl")
+    again.go_on([epoch(1), epoch(2)])
+    again.catch_up()
+    assert lines(tmp_path / "log.jsonl") == [epoch(1), epoch(2)]
 
 
 # --- TensorBoard

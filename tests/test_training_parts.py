@@ -19,6 +19,7 @@ from toys import PlainOracle, digits, make_rows
 
 from moebench.attacks._engine import Samples
 from moebench.attacks.pgd import PGD
+from moebench.augmentation import augmented
 from moebench.datasets import load_dataset
 from moebench.models import MODELS
 from moebench.models._base import Adversary, Phase, Recipe
@@ -85,10 +86,10 @@ def trainer(tmp_path: Path) -> Iterator[Callable[..., Trainer]]:
 
 
 @pytest.mark.parametrize("reach", [0, 1, 2])
-def test_augmentation_shifts_and_fills_with_zeros(trainer: Callable[..., Trainer], reach: int) -> None:
+def test_augmentation_shifts_and_fills_with_zeros(reach: int) -> None:
     x = torch.rand(40, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     torch.manual_seed(0)
-    shifted = trainer(translate=reach)._augment(x)
+    shifted = augmented(x, Recipe(epochs=1, translate=reach))
     seen = set()
     for image, found in zip(x, shifted, strict=True):
         padded = F.pad(image, (reach,) * 4)
@@ -115,12 +116,12 @@ def test_the_epoch_is_chosen_by_the_recipe(trainer: Callable[..., Trainer], sele
     kept = []
     for line in log:
         run_.log.append(line)
-        parameter = next(run_.model.parameters())
+        parameter = next(run_.learner.model.parameters())
         parameter.data.fill_(line.epoch)
         run_._keep_best()
         kept.append(next(iter(run_.best.values())).flatten()[0].item())
     assert kept[-1] == chosen, "the earliest of equals"
-    assert run_.validation(run_.best, log)["epoch"] == chosen
+    assert run_.choice.chosen(log).epoch == chosen
 
 
 def test_standard_objective_lowers_its_loss(trainer: Callable[..., Trainer]) -> None:
@@ -223,10 +224,10 @@ def test_phases_are_active_in_their_span_with_a_schedule_of_their_own(build: Bui
         trainer.epoch += 1
         counts.append([len(calls.modes) - old for calls, old in zip((first, second, both), before, strict=True)])
     assert counts == [[4, 0, 4]] * 3 + [[0, 4, 4]] * 2
-    steps = [scheduler.last_epoch for scheduler in trainer.schedulers]
+    steps = [scheduler.last_epoch for scheduler in trainer.learner.schedulers]
     assert steps == list(lengths.values())
     # Each has come to the end of its own fall.
-    assert [optimizer.param_groups[0]["lr"] for optimizer in trainer.optimizers] == [0.0, 0.0, 0.0]
+    assert [optimizer.param_groups[0]["lr"] for optimizer in trainer.learner.optimizers] == [0.0, 0.0, 0.0]
 
 
 def test_the_kept_epoch_comes_from_the_last_phase(build: Build) -> None:
@@ -237,15 +238,15 @@ def test_the_kept_epoch_comes_from_the_last_phase(build: Build) -> None:
         EpochLog(3, 0.0, 0.3, 0.4),
         EpochLog(4, 0.0, 0.3, 0.3),
     ]
-    assert trainer.validation(trainer.best, log)["epoch"] == 3
+    assert trainer.choice.chosen(log).epoch == 3
 
 
 @pytest.mark.parametrize(("clip", "norm"), [(0.0, 5 * math.sqrt(650)), (2.0, 2.0)])
 def test_gradients_are_clipped(build: Build, clip: float, norm: float) -> None:
     trainer = build(Phase(Calls(5.0)), clip=clip)
-    before = torch.cat([parameter.detach().flatten().clone() for parameter in trainer.model.parameters()])
-    trainer._step(trainer.x[:10], trainer.y[:10], [True])
-    after = torch.cat([parameter.detach().flatten() for parameter in trainer.model.parameters()])
+    before = torch.cat([parameter.detach().flatten().clone() for parameter in trainer.learner.model.parameters()])
+    trainer.learner.step(trainer.x[:10], trainer.y[:10], [True])
+    after = torch.cat([parameter.detach().flatten() for parameter in trainer.learner.model.parameters()])
     assert (before - after).norm().item() == pytest.approx(norm, rel=1e-5)
 
 
@@ -253,7 +254,7 @@ def test_average_of_the_weights_is_what_is_validated_and_kept(build: Build) -> N
     model = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(64), nn.Linear(64, 10))
     trainer = build(Phase(STANDARD[0].loss), model=model, ema=0.9, epochs=2, lr_high=0.1)
     expected: dict[str, Tensor] = {}
-    step = trainer._step
+    step = trainer.learner.step
 
     def watched(*batch: Any) -> list[float]:
         losses = step(*batch)
@@ -263,38 +264,42 @@ def test_average_of_the_weights_is_what_is_validated_and_kept(build: Build) -> N
             expected[key] = fresh
         return losses
 
-    trainer._step = watched  # type: ignore[method-assign]
+    trainer.learner.step = watched  # type: ignore[method-assign]
     best, log = trainer.run(None)
-    shown = trainer.shown.state_dict()
+    shown = trainer.learner.shown.state_dict()
     assert set(shown) == set(model.state_dict())
     for key, value in shown.items():
         if value.is_floating_point():
             torch.testing.assert_close(value, expected[key])
             assert not torch.equal(value, model.state_dict()[key])
-    trainer.shown.eval()
-    right = (trainer.shown(trainer.x_val).argmax(1) == trainer.y_val).double().mean().item()
+    trainer.learner.shown.eval()
+    right = (trainer.learner.shown(trainer.x_val).argmax(1) == trainer.y_val).double().mean().item()
     assert right == log[-1].val_clean
-    if trainer.validation(best, log)["epoch"] == 2:
+    if trainer.choice.chosen(log).epoch == 2:
         assert all(torch.equal(best[key], value) for key, value in shown.items())
 
 
-def test_replays_take_the_batch_again(build: Build) -> None:
+def test_replays_take_the_batch_again(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = Calls()
     trainer = build(Phase(calls), replays=3, schedule="poly", lr_low=0.0)
     seen: list[Tensor] = []
-    augment = trainer._augment
-    trainer._augment = lambda x: seen.append(x) or augment(x)  # type: ignore[func-returns-value, method-assign]
+
+    def watched(x: Tensor, recipe: Recipe) -> Tensor:
+        seen.append(x)
+        return augmented(x, recipe)
+
+    monkeypatch.setattr("moebench.trainer.augmented", watched)
     trainer._train_epoch()
     assert (len(seen), len(calls.modes)) == (4, 12)
-    assert trainer.optimizers[0].param_groups[0]["lr"] == 0.0, "the schedule counts replays"
+    assert trainer.learner.optimizers[0].param_groups[0]["lr"] == 0.0, "the schedule counts replays"
 
 
 def test_large_validation_splits_go_in_parts(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = build(Phase(Calls()))
     whole = trainer.validate()
     sizes: list[int] = []
-    trainer.model.register_forward_hook(lambda module, x, out: sizes.append(len(x[0])))
-    monkeypatch.setattr("moebench.train.VALIDATION_BATCH", 100)
+    trainer.learner.model.register_forward_hook(lambda module, x, out: sizes.append(len(x[0])))
+    monkeypatch.setattr("moebench.trainer.VALIDATION_BATCH", 100)
     clean, robust = trainer.validate()
     assert max(sizes) == 100 and 97 in sizes
     assert clean == whole[0] and robust == pytest.approx(whole[1], abs=0.05)
@@ -322,8 +327,8 @@ def test_low_precision_trains_with_attacks_in_float32(tmp_path: Path, build: Bui
     assert set(inside) == {torch.float32} and set(outside) == {getattr(torch, precision)}
     assert all(value.dtype == torch.float32 and torch.isfinite(value).all() for value in best.values())
     assert log[-1].loss < log[0].loss
-    assert trainer.scaler.is_enabled() == (precision == "float16")
-    assert not trainer.scaler.is_enabled() or trainer.scaler.get_scale() > 1
+    assert trainer.learner.scaler.is_enabled() == (precision == "float16")
+    assert not trainer.learner.scaler.is_enabled() or trainer.learner.scaler.get_scale() > 1
 
 
 def test_a_weight_cast_without_gradients_still_learns(build: Build) -> None:
@@ -333,9 +338,9 @@ def test_a_weight_cast_without_gradients_still_learns(build: Build) -> None:
         return F.cross_entropy(model(x).float(), y)
 
     trainer = build(Phase(loss), precision="bfloat16")
-    before = copy.deepcopy(trainer.model.state_dict())
-    trainer._step(trainer.x[:50], trainer.y[:50], [True])
-    assert not any(torch.equal(before[key], value) for key, value in trainer.model.state_dict().items())
+    before = copy.deepcopy(trainer.learner.model.state_dict())
+    trainer.learner.step(trainer.x[:50], trainer.y[:50], [True])
+    assert not any(torch.equal(before[key], value) for key, value in trainer.learner.model.state_dict().items())
 
 
 # --- one mathematics, and the same bits as ever

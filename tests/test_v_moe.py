@@ -35,8 +35,9 @@ from moebench.models.v_moe import (
     load_loss,
     within_capacity,
 )
+from moebench.optimizers import make_optimizer
 from moebench.schema import ThreatModel
-from moebench.train import TrainingAdversary, make_optimizer
+from moebench.training_adversary import TrainingAdversary
 
 DIGITS, CIFAR, IMAGENET = (1, 8, 8), (3, 32, 32), (3, 224, 224)
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moebench.datasets import load_dataset
-from moebench.errors import UsageError
+from moebench.errors import RunError, UsageError
 from moebench.models import MODELS, load_model
 from moebench.models._weights import (
     SHIPPED,
@@ -295,15 +295,23 @@ def disk_full(limit: int) -> Iterator[None]:
 
 def test_failing_write_leaves_the_old_files(saved: Path) -> None:
     weights, card = saved.read_bytes(), saved.with_suffix(".json").read_bytes()
-    with pytest.raises(UsageError) as caught, disk_full(100):
+    with pytest.raises(RunError) as caught, disk_full(100):
         save_weights(saved, Flat(4, 3, seed=1).state_dict(), CARD)
     assert str(caught.value) == f"cannot write {saved}: File too large"
     assert (saved.read_bytes(), saved.with_suffix(".json").read_bytes()) == (weights, card)
     assert sorted(os.listdir(saved.parent)) == ["flat.json", "flat.safetensors"]
 
 
+def test_card_that_finds_no_room_leaves_the_old_weights(saved: Path) -> None:
+    files = saved.read_bytes(), saved.with_suffix(".json").read_bytes()
+    with pytest.raises(RunError), disk_full(5000):
+        save_weights(saved, Flat(4, 3, seed=1).state_dict(), {**CARD, "log": ["a long one" * 1000]})
+    assert (saved.read_bytes(), saved.with_suffix(".json").read_bytes()) == files
+    assert sorted(os.listdir(saved.parent)) == ["flat.json", "flat.safetensors"]
+
+
 def test_folder_that_is_a_file_is_refused(saved: Path) -> None:
-    with pytest.raises(UsageError, match="cannot write"):
+    with pytest.raises(RunError, match="cannot write"):
         save_weights(saved / "flat.safetensors", Flat(4, 3).state_dict(), CARD)
     read_weights(saved)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -72,7 +73,8 @@ def train_command(
     )
     click.echo(f"weights: {path}")
     if path.parent.name != dataset or card["objective"] is not None:
-        click.echo(f"next: moebench evaluate --model {model} --dataset {dataset} --weights {path} --attack autoattack")
+        words = ["--model", model, "--dataset", dataset, "--weights", str(path), "--attack", "autoattack"]
+        click.echo(f"next: {shlex.join(['moebench', 'evaluate', *words])}")
 
 
 class TrainingBar:

@@ -28,7 +28,8 @@ def load_training_splits(name: str) -> tuple[Dataset, Dataset]:
     Returns: no sample is in both.
 
     Raises:
-        UsageError: there is no training data, or too little to hold some out, or it cannot be read.
+        UsageError: there is no training data, or too little to hold some out, or it cannot be read, or images differ
+            in shape.
     """
     try:
         train = load_dataset(name, split="train")
@@ -38,9 +39,16 @@ def load_training_splits(name: str) -> tuple[Dataset, Dataset]:
         except MissingSplit:
             raise missing from None
     try:
-        return train, load_dataset(name, split="val")
+        val = load_dataset(name, split="val")
     except MissingSplit:
         pass
+    else:
+        if train.images.shape[1:] != val.images.shape[1:]:
+            raise UsageError(
+                f"data set {name} has training images of (C, H, W) {train.images.shape[1:]} and validation images of "
+                f"{val.images.shape[1:]}; expected one shape"
+            )
+        return train, val
     if len(train) < SHARE:
         raise UsageError(
             f"data set {name} has {len(train)} training samples and no validation split; "
