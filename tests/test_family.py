@@ -77,7 +77,6 @@ def test_the_dual_model_is_of_89_million() -> None:
 @pytest.mark.parametrize(
     ("name", "experts"),
     [
-        ("resnet18-at", 1),
         ("st-moe", 2),
         ("at-moe-top2", 3),
         ("trades-moe", 2),
@@ -93,7 +92,7 @@ def test_one_training_step_at_full_size(name: str, experts: int) -> None:
     entry = MODELS.get(name)
     assert entry.recipe is not None
     recipe = replace(entry.recipe, attack_steps=1)
-    model = entry.make(10, CIFAR, **({"experts": experts} if entry.routing else {})).train()
+    model = entry.make(10, CIFAR, experts=experts).train()
     adversary = TrainingAdversary(model, ThreatModel("Linf", 8 / 255), recipe, seed=0)
     for phase in entry.objective:
         loss = phase.loss(model, images(2, CIFAR), torch.tensor([3, 7]), adversary, recipe)
