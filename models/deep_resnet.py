@@ -1,6 +1,8 @@
 """ResNet-18, 34 and 50: dense baselines of a given depth at every image size, narrow on small images.
 
-He et al., 2016 (arXiv 1512.03385), trained in the ways of `_training_papers`.
+He et al., 2016 (arXiv 1512.03385), trained in the ways of `_training_papers`. Where a summary says "eps grown by
+steps", the narrow networks need it (see `_curriculum`); `--recipe at`, `trades` or `fast-at` is the training of those
+papers as it is, for networks of 64 channels.
 """
 
 from __future__ import annotations

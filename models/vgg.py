@@ -1,4 +1,8 @@
-"""VGG with BatchNorm (Simonyan and Zisserman, 2015, arXiv 1409.1556): plain convolutions, no shortcuts at all."""
+"""VGG with BatchNorm (Simonyan and Zisserman, 2015, arXiv 1409.1556): plain convolutions, no shortcuts at all.
+
+Where a summary says "eps grown by steps", the narrow network needs it (see `_curriculum`); `--recipe at` or `fast-at`
+is the training of those papers as it is.
+"""
 
 from __future__ import annotations
 

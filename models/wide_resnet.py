@@ -29,7 +29,7 @@ ZAGORUYKO_2016 = PaperCard(
 )
 
 SMALL_IMAGES = 16
-"""Largest side in pixels of the images that get WRN-16-1; larger ones get WRN-28-10."""
+"""Largest height in pixels of the images that get WRN-16-1; larger ones get WRN-28-10."""
 
 
 class WideBlock(nn.Module):

@@ -22,7 +22,6 @@ from moebench.models._moe import forced_forward, moe_layers
 from moebench.parts import part_of
 from moebench.schema import ThreatModel
 from moebench.train import split_settings
-from moebench.training_adversary import TrainingAdversary
 
 DIGITS, CIFAR = (1, 8, 8), (3, 32, 32)
 NAMES = ["dwf", "soe", "adv-moe", "adv-moe-cnn"]
@@ -83,30 +82,6 @@ def test_full_size_is_the_papers(name: str, total: int, router: int) -> None:
 def test_small_router_is_much_smaller_than_its_network() -> None:
     layer = lively("adv-moe-cnn").moe
     assert parameters(layer.router) < 0.05 * parameters(layer)
-
-
-# --- one training step of the paper's nine networks; those of the others are in test_family
-
-
-def test_one_step_of_dwf_at_full_size() -> None:
-    entry = MODELS.get("dwf")
-    assert entry.recipe is not None
-    recipe = replace(entry.recipe, attack_steps=1, pgd_unit=1, pgd_levels=1)  # type: ignore[call-arg]
-    torch.manual_seed(0)
-    model = entry.make(10, CIFAR).train()
-    x, y = torch.rand(2, *CIFAR), torch.tensor([3, 8])
-    adversary = TrainingAdversary(model, ThreatModel("Linf", 8 / 255), recipe, seed=0)
-    for phase in entry.objective:
-        own = phase.parameters(model)
-        before = [parameter.detach().clone() for parameter in own]
-        optimizer = torch.optim.SGD(own, lr=0.1)
-        model.zero_grad(set_to_none=True)
-        loss = phase.loss(model, x, y, adversary, recipe)
-        assert torch.isfinite(loss)
-        torch.autograd.backward(loss)
-        optimizer.step()
-        assert any(not torch.equal(one, other) for one, other in zip(before, own, strict=True))
-        assert all(bool(torch.isfinite(parameter).all()) for parameter in own)
 
 
 # --- documented recipes
