@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from data_checks import refused
+from PIL import Image
 
 from moebench.datasets import DATASETS, load_dataset, load_training_splits
 from moebench.datasets._base import content_hash
