@@ -79,7 +79,6 @@ def test_the_dual_model_is_of_89_million() -> None:
 
 
 FAMILY = {f"moebench.models.{name}" for name in ("adv_moe", "ensemble", "resnet", "rt_er", "soe")}
-SLOW = {"jtd-moe", "jtd-moe-official"}
 
 
 def trained_alike() -> list[str]:
@@ -117,9 +116,7 @@ def take_a_step(model: nn.Module, entry: ModelEntry, shape: tuple[int, int, int]
         assert moved > 0
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in trained_alike()]
-)
+@pytest.mark.parametrize("name", trained_alike())
 def test_one_training_step_at_full_size(name: str) -> None:
     """3×32×32 images through the networks of the papers, with all their experts; an attack of one step."""
     torch.manual_seed(0)
@@ -136,7 +133,7 @@ def test_one_training_step_of_two_trunks_at_full_size() -> None:
     take_a_step(model, entry, CIFAR)
 
 
-@pytest.mark.parametrize("name", ["st-moe", pytest.param("rt-er", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["st-moe", "rt-er"])
 def test_one_training_step_of_vit_small_experts(name: str) -> None:
     torch.manual_seed(0)
     entry = MODELS.get(name)
