@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from moebench.datasets import load_dataset
 from moebench.dry_run import plan_only
 from moebench.errors import UsageError
 from moebench.evaluation import EvalSpec, Progress, evaluate
@@ -217,6 +218,15 @@ def test_a_model_is_trained_and_then_evaluated(moebench: Terminal) -> None:
         "my runs/resnet-st.safetensors",
         "results.db",
     ]
+
+
+def test_training_on_a_file_without_splits_says_that_it_is_no_test_set(moebench: Terminal) -> None:
+    data = load_dataset("digits", split="train")
+    np.savez(moebench.folder / "mine.npz", x=data.images.transpose(0, 2, 3, 1), y=data.labels)
+    said = moebench("train", "--model", "resnet-st", "--dataset", "npz:mine.npz", "--epochs", 2)
+    assert said.code == 0, said.err
+    assert "npz:mine.npz has no test split: give images that were not trained on" in said.out
+    assert "no test split" not in moebench("train", "--model", "resnet-st", "--epochs", 1, "--out", "others").out
 
 
 @pytest.mark.parametrize(("model", "attack"), [(DENSE, "fgsm"), (DENSE, "pgd-10"), (MOE, "apgd-ce")])

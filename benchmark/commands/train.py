@@ -54,6 +54,8 @@ def train_command(
         raise UsageError(model_registry().unknown(model))
     if recipe is not None:
         check_recipe_name(model, recipe)
+    from moebench.datasets import load_dataset
+    from moebench.datasets._base import SINGLE_SPLIT
     from moebench.loading import check_device
     from moebench.train import TrainSpec, split_settings, train
 
@@ -75,6 +77,8 @@ def train_command(
     if path.parent.name != dataset or card["objective"] is not None:
         words = ["--model", model, "--dataset", dataset, "--weights", str(path), "--attack", "autoattack"]
         click.echo(f"next: {shlex.join(['moebench', 'evaluate', *words])}")
+        if load_dataset(dataset, n=1).split == SINGLE_SPLIT:
+            click.echo(f"{dataset} has no test split: give images that were not trained on with --dataset instead")
 
 
 class TrainingBar:
