@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from commands import DENSE, MOE, Terminal
+from commands import DENSE, MOE, Terminal, shipped
 from fake_store import FakeStore, claim, first_broken, model, protocol
 from test_evaluation import shipped_module
 
@@ -155,6 +155,15 @@ def test_a_dry_run_counts_all_samples(moebench: Terminal) -> None:
     found = moebench.evaluate(MOE, SHORT, N, "--json").json["results"][0]
     assert found["forwards"] <= cell["forwards"] and found["backwards"] <= cell["backwards"]
     assert cell["backwards"] == N * 4
+
+
+@pytest.mark.parametrize("model", shipped("wrn-st"))
+def test_float16_makes_an_undefended_network_look_robust(moebench: Terminal, model: str) -> None:
+    """Gradients of a sure network, averaged over 512 images, round to 0 where nothing scales them."""
+    names = [f"published:rt-er[{words}steps=10]" for words in ("", "fp16=off,", "loss_scale=65536,")]
+    found = moebench.evaluate(model, ",".join(names), N, "--no-trust", "--json").json["results"]
+    published, exact, scaled = (one["accuracy"] for one in found)
+    assert published > 0.4 and exact < 0.1 and scaled < 0.1
 
 
 # What is shown.
