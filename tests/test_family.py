@@ -253,10 +253,10 @@ def test_joint_training_moves_each_half_by_its_own_step_alone(tmp_path: Path) ->
     model = entry.make(10, DIGITS, experts=3).train()
     trainer = Trainer(model, entry, recipe, *sets, TrainSpec("jtd-moe", "digits", tmp_path), {})
     x, y = trainer.x[:20], trainer.y[:20]
-    trainer._step(x, y, [True, True])
+    trainer.learner.step(x, y, [True, True])
     for active, still in (([True, False], "standard"), ([False, True], "robust")):
         before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-        trainer._step(x, y, active)
+        trainer.learner.step(x, y, active)
         moved = {name for name, parameter in model.named_parameters() if not torch.equal(before[name], parameter)}
         assert moved and not any(name.startswith(still) for name in moved)
 
