@@ -17,7 +17,7 @@ for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ.setdefault(variable, "1")
 
 # Before a test imports them: their asserts then show values as those of the tests do.
-pytest.register_assert_rewrite("builders", "commands", "data_checks", "typesetting")
+pytest.register_assert_rewrite("builders", "commands", "data_checks", "training_runs", "typesetting")
 
 
 @pytest.fixture(autouse=True)
@@ -83,3 +83,14 @@ def leaderboards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import leaderboard
 
     return leaderboard.written(tmp_path_factory.mktemp("leaderboards"))
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The weights of four epochs of a short training run without an interruption."""
+    from training_runs import spec
+
+    from moebench.train import train
+
+    path, _ = train(spec(tmp_path_factory.mktemp("undisturbed"), epochs=4))
+    return path

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import pickle
+import json
 import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 from commands import MOE, Terminal
+from safetensors.torch import load_file, save_file
 
 from moebench.cluster import connection
 from moebench.cluster.hello import refuse_silence
@@ -171,22 +173,28 @@ def test_a_users_model_is_rebuilt_from_what_was_sent(tmp_path: Path) -> None:
     # Models that other tests have loaded in this process travel along.
     assert {name.partition("_")[0] for name in parcel.sources} >= {"moebench", "parts", "parts.layer"}
     x = torch.rand(3, 1, 8, 8)
-    (tmp_path / "sent.pickle").write_bytes(pickle.dumps((parcel, x)))
+    (tmp_path / "sent").write_bytes(parcel.model)
+    (tmp_path / "sent.json").write_text(json.dumps({**asdict(parcel), "model": None}))
+    save_file({"x": x}, tmp_path / "x.safetensors")
     for name in ("mine.py", "parts/layer.py", "parts/__init__.py"):
         (tmp_path / name).unlink()
     program = (
-        "import pickle, sys, torch\n"
-        "from moebench.cluster.shipping import admit\n"
-        "parcel, x = pickle.load(open(sys.argv[1], 'rb'))\n"
-        "admit(parcel)\n"
-        "model, search = pickle.loads(parcel.model)\n"
+        "import json, sys\n"
+        "from pathlib import Path\n"
+        "from ray import cloudpickle\n"
+        "from safetensors.torch import load_file, save_file\n"
+        "from moebench.cluster.shipping import Parcel, Source, admit\n"
+        "folder = Path(sys.argv[1])\n"
+        "told = json.loads((folder / 'sent.json').read_text())\n"
+        "sources = {name: Source(**source) for name, source in told['sources'].items()}\n"
+        "admit(Parcel(None, sources, told['code']))\n"
+        "model, search = cloudpickle.loads((folder / 'sent').read_bytes())  # as Ray does on a worker\n"
         "assert model is search\n"
-        "torch.save(model(x), sys.argv[2])\n"
+        "save_file({'out': model(load_file(folder / 'x.safetensors')['x'])}, folder / 'out.safetensors')\n"
     )
-    paths = [str(tmp_path / "sent.pickle"), str(tmp_path / "out.pt")]
-    done = subprocess.run([sys.executable, "-c", program, *paths], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert torch.equal(torch.load(paths[1], weights_only=True), model(x))
+    assert torch.equal(load_file(tmp_path / "out.safetensors")["out"], model(x))
 
 
 def test_other_sources_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
