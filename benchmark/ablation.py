@@ -122,8 +122,9 @@ def planned(name: str) -> tuple[ProtocolCard, list[Variant]]:
     if card is None:
         raise UsageError(f"{name!r} is no published protocol; an ablation takes one, such as published:rt-er")
     shared = shared_settings(name)
-    for key in (key for key in asked.settings if key not in shared):
-        raise UsageError(f"an ablation sets {key} itself, row by row; leave it out of {name!r}")
+    own = [key for key in asked.settings if key not in shared]
+    if own:
+        raise UsageError(f"an ablation sets {own[0]} itself, row by row; leave it out of {name!r}")
     return card, variants(card, shared)
 
 
