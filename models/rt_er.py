@@ -48,7 +48,7 @@ from typing_extensions import override
 
 from moebench.errors import UsageError
 from moebench.models._balancing import balanced
-from moebench.models._base import Adversary, Normalize, Phase, Recipe, Shape, register_model
+from moebench.models._base import Adversary, Normalize, Phase, Recipe, Shape, evaluating, register_model
 from moebench.models._image_moe import NetworkMoE
 from moebench.models._moe import MoELayer, RoutedModel, RouterMode, Routing, Tape, combine, join
 from moebench.models._objectives import (
@@ -216,6 +216,16 @@ def robust_half_loss(model: DualModel, x: Tensor, y: Tensor, adversary: Adversar
     return rt_er_loss(model.robust, x, y, adversary, recipe, second_at="adversarial")
 
 
+def standard_half_loss(model: DualModel, x: Tensor, y: Tensor, adversary: Adversary, recipe: Recipe) -> Tensor:
+    """Upper level of JTDMoE: CE(F_D(x), y) on clean images, for F_S alone (section 5).
+
+    F_R stands still: in eval mode its BatchNorm normalises as it will when F_D answers, and does not count clean images
+    into the statistics of its own training.
+    """
+    with evaluating(model.robust):
+        return standard_loss(model, x, y, adversary, recipe)
+
+
 def all_experts_loss(model: DualModel, x: Tensor, y: Tensor, adversary: Adversary, recipe: Recipe) -> Tensor:
     """Lower level of JTDMoE as its code has it: CE(F_R(x_adv), y) + beta sum_i KL(p_i(x) || p_i(x_adv^i)).
 
@@ -244,13 +254,9 @@ RT_ER = balanced((Phase(partial(rt_er_loss, second_at="adversarial")),))
 RT_ER_OFFICIAL = (Phase(partial(rt_er_loss, second_at="clean")),)
 JTD = (
     *balanced((Phase(robust_half_loss, part="robust"),), part=lambda model: model.get_submodule("robust")),
-    *balanced((Phase(standard_loss, part="standard"),), part=lambda model: model.get_submodule("standard")),
+    *balanced((Phase(standard_half_loss, part="standard"),), part=lambda model: model.get_submodule("standard")),
 )
-"""Each batch first steps the robust MoE, then the standard MoE on the dual model's clean cross-entropy.
-
-The second step leaves the robust half's parameters alone, but passes the clean images through it in train mode, so its
-BatchNorm statistics count them too.
-"""
+"""Each batch first steps the robust MoE, then the standard MoE on the dual model's clean cross-entropy."""
 JTD_OFFICIAL = (Phase(all_experts_loss, part="robust"), Phase(standard_loss, part="standard"))
 
 
