@@ -181,14 +181,16 @@ def _run(run: Mapping[str, Any]) -> tuple[StoredRun, tuple[Outcomes, ...], IntAr
             raise UsageError(f"{name} is there twice")
         cells.add(one.cell.fingerprint)
         outcomes = unpack_samples(written["samples"])
-        problems = [*_problems(one, outcomes, written["samples"]), *_mislabelled(one, outcomes, labels)]
+        problems = [*_problems(one, outcomes, written["samples"], labels), *_mislabelled(one, outcomes, labels)]
         if problems:
             raise UsageError(f"{name}: {problems[0]}")
         evidence.append(outcomes)
     return stored, tuple(evidence), labels
 
 
-def _problems(stored: StoredResult, outcomes: Outcomes, written: Mapping[str, Any]) -> Iterator[str]:
+def _problems(
+    stored: StoredResult, outcomes: Outcomes, written: Mapping[str, Any], labels: IntArray | None
+) -> Iterator[str]:
     """Where a result contradicts its samples, in words."""
     record, cell, protocol = stored.record, stored.cell, stored.protocol
     n = outcomes.index.size
@@ -200,14 +202,13 @@ def _problems(stored: StoredResult, outcomes: Outcomes, written: Mapping[str, An
     if outcomes_digest(outcomes) != written["sha256"]:
         yield "its samples do not have the sha256 that they state"
     yield from _impossible(outcomes, protocol.num_classes, protocol.threat, published=is_protocol(cell.attack))
-    wrong = outcomes.broken & np.array([not stage for stage in outcomes.stage])
-    standing, right = int(np.count_nonzero(~outcomes.broken)), n - int(np.count_nonzero(wrong))
+    standing, right = int(np.count_nonzero(~outcomes.broken)), _right(outcomes, labels, is_protocol(cell.attack))
     low, high = wilson(standing, n)
     counted = {
         "accuracy": (record.accuracy, standing / n),
         "ci_low": (record.ci_low, low),
         "ci_high": (record.ci_high, high),
-        "clean_accuracy": (record.clean_accuracy, right / n),
+        "clean_accuracy": (record.clean_accuracy, record.clean_accuracy if right is None else right / n),
         "forwards": (record.forwards, int(outcomes.forwards.sum())),
         "backwards": (record.backwards, int(outcomes.backwards.sum())),
         "changed_predictions": (record.changed_predictions, float(np.mean(outcomes.clean_pred != outcomes.adv_pred))),
@@ -222,6 +223,17 @@ def _problems(stored: StoredResult, outcomes: Outcomes, written: Mapping[str, An
             yield f"stage {stage!r} broke {count} samples, its samples give {broke.get(stage, 0)}"
 
 
+def _right(outcomes: Outcomes, labels: IntArray | None, published: bool) -> int | None:
+    """How many clean predictions are right; None where neither labels nor verdicts tell."""
+    if not published:
+        wrong = outcomes.broken & np.array([not stage for stage in outcomes.stage])
+        return outcomes.index.size - int(np.count_nonzero(wrong))
+    # A published protocol scores all samples by its own rule, those that are wrong from the start as well.
+    if labels is None or labels.size != outcomes.index.size:
+        return None
+    return int(np.count_nonzero(outcomes.clean_pred == labels))
+
+
 def _impossible(outcomes: Outcomes, classes: int, threat: ThreatModel, published: bool) -> Iterator[str]:
     """What no evaluation can give; the images of published protocols need not be valid."""
     for name in ("clean_pred", "adv_pred"):
@@ -234,11 +246,13 @@ def _impossible(outcomes: Outcomes, classes: int, threat: ThreatModel, published
         yield "a number of passes is negative"
     if not np.all(np.isfinite(outcomes.distance)) or outcomes.distance.min() < 0:
         yield "a distance is negative or not finite"
+    hit = np.array([bool(stage) for stage in outcomes.stage])
     if published:
+        if np.any(outcomes.broken & ~hit):
+            yield "a sample is said to be wrong without the protocol, which scores all samples"
         return
     if outcomes.distance.max() > threat.eps * (1 + SLACK):
         yield f"a perturbation of norm {outcomes.distance.max():.6g} is outside {threat}"
-    hit = np.array([bool(stage) for stage in outcomes.stage])
     if np.any(outcomes.clean_pred[hit] == outcomes.adv_pred[hit]):
         yield "a sample is said to be broken although its prediction did not change"
 

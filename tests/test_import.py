@@ -172,11 +172,17 @@ def test_a_dry_run_writes_nothing(moebench: Terminal, sent: Path) -> None:
 # What stays out
 
 
-def result(document: Document) -> Document:
-    """The first result of AutoAttack in a document."""
+def run_of(document: Document, attack: str) -> Document:
+    """The first run in a document that has a result of an attack."""
     found: Document = next(
-        one for run in document["runs"] for one in run["results"] if one["cell"]["attack"] == "autoattack"
+        run for run in document["runs"] if any(one["cell"]["attack"] == attack for one in run["results"])
     )
+    return found
+
+
+def result(document: Document, attack: str = "autoattack") -> Document:
+    """The first result of an attack in a document."""
+    found: Document = next(one for one in run_of(document, attack)["results"] if one["cell"]["attack"] == attack)
     return found
 
 
@@ -210,7 +216,7 @@ def flatter_with_samples(document: Document) -> None:
 
 
 def shrink_eps(document: Document) -> None:
-    document["runs"][0]["protocol"]["threat"]["eps"] = 0.05
+    run_of(document, "autoattack")["protocol"]["threat"]["eps"] = 0.05
 
 
 def other_prediction(document: Document) -> None:
@@ -231,6 +237,7 @@ def other_prediction(document: Document) -> None:
         (shrink_eps, "is outside Linf 0.05"),
         (other_prediction, "adv_pred names a class that is none of 10"),
         (lambda d: result(d)["record"].update(clean_accuracy=1.0), "clean_accuracy is 1"),
+        (lambda d: result(d, "published:rt-er")["record"].update(clean_accuracy=0.5), "clean_accuracy is 0.5"),
         (lambda d: result(d)["record"].update(forwards=1), "forwards is 1"),
         (lambda d: result(d)["record"].update(ci_low=0.0), "ci_low is 0"),
         (lambda d: result(d)["record"]["stages"]["apgd-ce"].update(broken=1), "stage 'apgd-ce' broke 1 samples"),

@@ -16,7 +16,17 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from moebench.errors import UsageError
-from moebench.schema import IMPORTED, BoolArray, CellSpec, Chunk, IntArray, Outcomes, ResultRecord, StoredRun
+from moebench.schema import (
+    IMPORTED,
+    BoolArray,
+    CellSpec,
+    Chunk,
+    IntArray,
+    Outcomes,
+    ResultRecord,
+    StoredRun,
+    is_protocol,
+)
 from moebench.store import packing, queries, records
 from moebench.store.orm import ChunkRow, ResultRow, RunResultRow, RunRow
 
@@ -145,7 +155,9 @@ def _add_result(session: Session, run: RunRow, one: ExternalResult) -> None:
     times = dict.fromkeys(("started_at", "touched_at", "finished_at"), one.finished_at)
     row = ResultRow(run=run, status="done", **times, **cell, **records.result_values(one.record))
     session.add(row)
-    chunks = evidence_chunks(one.outcomes, one.record.seconds)
+    chunks = (
+        _protocol_chunks(one) if is_protocol(one.cell.attack) else evidence_chunks(one.outcomes, one.record.seconds)
+    )
     row.chunks = [
         ChunkRow(stage=chunk.stage, seq=seq, n=len(chunk), seconds=chunk.seconds, arrays=packing.pack(chunk))
         for seq, chunk in enumerate(chunks)
@@ -171,6 +183,17 @@ def evidence_chunks(outcomes: Outcomes, seconds: float) -> list[Chunk]:
     )
     named = dict.fromkeys(stage for stage in outcomes.stage if stage)
     return [at_first, *(_chunk(outcomes, stage, stages == stage, 0.0) for stage in named)]
+
+
+def _protocol_chunks(one: ExternalResult) -> list[Chunk]:
+    """The evidence of a published protocol, which scores all samples itself: none is decided from the start."""
+    stages = np.array([stage or one.cell.attack for stage in one.outcomes.stage], dtype=object)
+    first, *others = dict.fromkeys(stages.tolist())
+    seconds = 0.0 if np.isnan(one.record.seconds) else one.record.seconds
+    return [
+        _chunk(one.outcomes, first, stages == first, seconds),
+        *(_chunk(one.outcomes, stage, stages == stage, 0.0) for stage in others),
+    ]
 
 
 def _chunk(outcomes: Outcomes, stage: str, at: BoolArray, seconds: float) -> Chunk:
