@@ -80,7 +80,7 @@ CASES = [(name, view) for name in distinct_attacks() for view in views_of(name)]
 @pytest.mark.parametrize(("name", "view"), CASES)
 def test_verdicts_do_not_depend_on_the_batch_size(name: str, view: str, norm: Norm) -> None:
     """With 5 places rows are dropped and refilled all the time, with 1000 every target of every sample runs at once."""
-    samples = digits(24)
+    samples = digits(16)
     everything = run(name, norm, samples, view, batch_size=1000)
     if view != "router":
         assert 0 < int(everything.broken.sum()) < len(samples)
