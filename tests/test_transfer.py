@@ -20,6 +20,7 @@ from toys import attack, digits, make_engine, reduced, trained_conv, trained_moe
 
 from moebench.attacks._engine import Finished
 from moebench.attacks._given import Given
+from moebench.crafting import source_plan
 from moebench.errors import UsageError
 from moebench.example_cache import cache_folder, example_file, keep_examples, read_examples
 from moebench.metrics import wilson
@@ -29,7 +30,7 @@ from moebench.parts import part_of
 from moebench.schema import ThreatModel, split_part
 from moebench.store import Store
 from moebench.threat import within
-from moebench.transfer import TransferSpec, source_plan, transfer
+from moebench.transfer import TransferSpec, transfer
 
 N = 30
 EXPERT = f"{MOE}/expert[0]"
