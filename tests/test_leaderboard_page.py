@@ -193,6 +193,7 @@ def test_a_single_model_has_rank_one_and_nobody_to_be_compared_with(visit: Calla
 ATTACKS = ("fgsm", "pgd-10", "pgd-20", "pgd-50", "apgd-ce", "apgd-dlr", "apgd-t", "fab-t", "square", "autoattack")
 
 
+@pytest.mark.slow
 def test_five_hundred_models_under_ten_attacks(visit: Callable[..., Any], tmp_path: Path) -> None:
     store, draw, n = FakeStore(), np.random.default_rng(0), 1000
     on, common = protocol(n=n), draw.random(n)
