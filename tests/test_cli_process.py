@@ -169,7 +169,7 @@ def kill_and_finish(folder: Path, words: Sequence[str], moments: Sequence[tuple[
 
 @POSIX
 def test_a_killed_evaluation_goes_on_to_the_same_verdicts(folder: Path) -> None:
-    kill_and_finish(folder, LONG, [(1, 0.02), (1, 0.5)])
+    kill_and_finish(folder, LONG, [(2, 0.1)])
 
 
 @POSIX

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import socket
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 from commands import MOE, Terminal
-from safetensors.torch import load_file, save_file
 
 from moebench.cluster import connection
 from moebench.cluster.hello import refuse_silence
@@ -149,52 +144,6 @@ def test_gpus_of_a_task() -> None:
 
 
 # What a model is sent as.
-
-
-def test_a_users_model_is_rebuilt_from_what_was_sent(tmp_path: Path) -> None:
-    """In a process that has neither its file nor the module beside it."""
-    cloudpickle = pytest.importorskip("ray.cloudpickle", reason="Ray is not installed; the extra `ray` adds it")
-    from moebench.cluster.shipping import pack
-    from moebench.datasets import load_dataset
-    from moebench.loading import load
-
-    (tmp_path / "parts").mkdir()
-    (tmp_path / "parts" / "__init__.py").write_text("")
-    (tmp_path / "parts" / "layer.py").write_text(
-        "from torch import nn\n\nclass Half(nn.Module):\n    def forward(self, x):\n        return x / 2\n"
-    )
-    (tmp_path / "mine.py").write_text(
-        "from torch import nn\nfrom parts.layer import Half\n\n"
-        "def net():\n    return nn.Sequential(nn.Flatten(), Half(), nn.Linear(64, 10), Own())\n\n"
-        "class Own(nn.Module):\n    def forward(self, x):\n        return (lambda z: z + 1)(x)\n"
-    )
-    model = load(f"{tmp_path / 'mine.py'}:net", load_dataset("digits", n=2)).module
-    parcel = pack(lambda: cloudpickle.dumps((model, model)))  # as Ray serialises what it carries
-    # Models that other tests have loaded in this process travel along.
-    assert {name.partition("_")[0] for name in parcel.sources} >= {"moebench", "parts", "parts.layer"}
-    x = torch.rand(3, 1, 8, 8)
-    (tmp_path / "sent").write_bytes(parcel.model)
-    (tmp_path / "sent.json").write_text(json.dumps({**asdict(parcel), "model": None}))
-    save_file({"x": x}, tmp_path / "x.safetensors")
-    for name in ("mine.py", "parts/layer.py", "parts/__init__.py"):
-        (tmp_path / name).unlink()
-    program = (
-        "import json, sys\n"
-        "from pathlib import Path\n"
-        "from ray import cloudpickle\n"
-        "from safetensors.torch import load_file, save_file\n"
-        "from moebench.cluster.shipping import Parcel, Source, admit\n"
-        "folder = Path(sys.argv[1])\n"
-        "told = json.loads((folder / 'sent.json').read_text())\n"
-        "sources = {name: Source(**source) for name, source in told['sources'].items()}\n"
-        "admit(Parcel(None, sources, told['code']))\n"
-        "model, search = cloudpickle.loads((folder / 'sent').read_bytes())  # as Ray does on a worker\n"
-        "assert model is search\n"
-        "save_file({'out': model(load_file(folder / 'x.safetensors')['x'])}, folder / 'out.safetensors')\n"
-    )
-    done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert torch.equal(load_file(tmp_path / "out.safetensors")["out"], model(x))
 
 
 def test_other_sources_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

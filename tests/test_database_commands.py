@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import sqlite3
 from dataclasses import replace
 from pathlib import Path
@@ -103,6 +104,23 @@ def test_merge_adds_once(moebench: Terminal) -> None:
         assert store.runs()[-1].reused == 1
 
 
+@pytest.fixture(scope="module")
+def databases(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a sound database and several that are none, or not sound."""
+    folder = tmp_path_factory.mktemp("databases")
+    (folder / "empty.db").touch()
+    (folder / "text.db").write_text("no database at all\n" * 60)
+    for name in ("other", "newer", "unsound"):
+        with Store.open(folder / f"{name}.db", write=True) as store:
+            store.begin_run(make_run_start())
+            finish_cell(store, "run-1", make_cell())
+            store.finish_run("run-1", "done", seconds=1.0)
+    sql(folder / "newer.db", "UPDATE alembic_version SET version_num = '0999'")
+    sql(folder / "unsound.db", "UPDATE result SET seconds = 77")
+    sql(folder / "foreign.db", "CREATE TABLE users (id INTEGER)")
+    return folder
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -133,17 +151,10 @@ def test_merge_adds_once(moebench: Terminal) -> None:
         ("verify run-1 --db other.db --seed -1", "the seed must be between"),
     ],
 )
-def test_wrong_input_is_one_line_and_changes_nothing(moebench: Terminal, words: str, message: str) -> None:
-    (moebench.folder / "empty.db").touch()
-    (moebench.folder / "text.db").write_text("no database at all\n" * 60)
-    for name in ("other", "newer", "unsound"):
-        with Store.open(moebench.folder / f"{name}.db", write=True) as store:
-            store.begin_run(make_run_start())
-            finish_cell(store, "run-1", make_cell())
-            store.finish_run("run-1", "done", seconds=1.0)
-    sql(moebench.folder / "newer.db", "UPDATE alembic_version SET version_num = '0999'")
-    sql(moebench.folder / "unsound.db", "UPDATE result SET seconds = 77")
-    sql(moebench.folder / "foreign.db", "CREATE TABLE users (id INTEGER)")
+def test_wrong_input_is_one_line_and_changes_nothing(
+    moebench: Terminal, databases: Path, words: str, message: str
+) -> None:
+    shutil.copytree(databases, moebench.folder, dirs_exist_ok=True)
     said = moebench.refuses(*words.split())
     assert re.search(message, said), said
     assert "secret" not in said

@@ -457,7 +457,9 @@ class Store:
             return
         with self._database.writing() as session:
             session.execute(delete(ClaimRow))
-            session.add_all(ClaimRow(id=place, **asdict(claim)) for place, claim in enumerate(packaged, start=1))
+            rows = [{"id": place, **vars(claim)} for place, claim in enumerate(packaged, start=1)]
+            # All rows in one statement: the session would make one for each run of rows that have a flag.
+            session.connection().execute(insert(ClaimRow), rows)
 
     def _running(self, session: Session, run_id: str) -> RunRow:
         run = session.scalars(select(RunRow).where(RunRow.run_id == run_id)).one_or_none()
