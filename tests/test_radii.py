@@ -37,7 +37,7 @@ from moebench.store import Store
 RADII = (0.1, 0.2, 0.4, 0.9)
 """On these FGSM alone is no falling curve for the model: its single step goes too far."""
 LIST = ",".join(map(str, RADII))
-WORDS = ("--view", "whole", "--eps", LIST)
+WORDS = ("--view", "whole", "--no-trust", "--eps", LIST)
 
 
 Found = dict[tuple[str, float, bool], tuple[StoredResult, Outcomes]]
@@ -181,7 +181,7 @@ def test_a_point_of_a_cold_sweep_is_the_evaluation_at_its_radius(moebench: Termi
 
 
 def test_the_reference_engine_starts_cold(moebench: Terminal) -> None:
-    words = ("--view", "whole", "--eps", "0.1,0.2", "--engine", "reference")
+    words = ("--view", "whole", "--no-trust", "--eps", "0.1,0.2", "--engine", "reference")
     moebench.evaluate(DENSE, "pgd-2", 12, *words)
     found = stored()
     assert set(found) == {("pgd-2", 0.1, False), ("pgd-2", 0.2, False)}
@@ -197,13 +197,13 @@ def counts(path: str = "results.db") -> list[int]:
 
 
 def test_a_sweep_again_computes_nothing_and_a_single_radius_is_another_question(moebench: Terminal) -> None:
-    moebench.evaluate(MOE, "fgsm", 30, "--view", "whole", "--eps", RADII[0])
+    moebench.evaluate(MOE, "fgsm", 30, "--view", "whole", "--no-trust", "--eps", RADII[0])
     first = moebench.evaluate(MOE, "fgsm", 30, *WORDS, "--json").json
     again = moebench.evaluate(MOE, "fgsm", 30, *WORDS, "--json").json
     assert counts() == [0, 1, 0, 0, 0, 1, 1, 1, 1]
     for one, other in zip(first["curves"][0]["points"], again["curves"][0]["points"], strict=True):
         assert {**one, "run_id": 0} == {**other, "run_id": 0} and one["run_id"] != other["run_id"]
-    moebench.evaluate(MOE, "fgsm", 30, "--view", "whole", "--eps", RADII[-1])
+    moebench.evaluate(MOE, "fgsm", 30, "--view", "whole", "--no-trust", "--eps", RADII[-1])
     assert counts()[-1] == 0
     moebench.evaluate(MOE, "fgsm", 30, *WORDS, "--fresh")
     assert counts()[-4:] == [0] * 4
@@ -219,7 +219,7 @@ def test_a_sweep_again_computes_nothing_and_a_single_radius_is_another_question(
 
 def test_a_longer_sweep_builds_on_what_is_stored(moebench: Terminal) -> None:
     """No images are stored, so those of reused radii are made again, and must be the same."""
-    words = ("fgsm,pgd-2", 20, "--view", "whole,router", "--eps")
+    words = ("fgsm,pgd-2", 20, "--view", "whole,router", "--no-trust", "--eps")
     for length in (1, 3):
         moebench.evaluate(MOE, *words, ",".join(map(str, RADII[:length])))
     moebench.evaluate(MOE, *words, LIST)
@@ -231,7 +231,7 @@ def test_a_longer_sweep_builds_on_what_is_stored(moebench: Terminal) -> None:
 def test_an_interrupted_sweep_goes_on_to_the_same_verdicts(moebench: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stops at each commit once: after every step the samples decided in it are committed."""
     monkeypatch.setattr(cells, "Engine", partial(Engine, flush_seconds=0.0))
-    words = ("pgd-2", 15, "--view", "whole", "--eps", "0.1,0.2")
+    words = ("pgd-2", 15, "--view", "whole", "--no-trust", "--eps", "0.1,0.2")
     moebench.evaluate(MOE, *words, "--db", "undisturbed.db")
     real, limit = Store.append_chunk, 0
 
@@ -279,7 +279,20 @@ main(sys.argv[1:])
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
 def test_a_killed_sweep_goes_on_to_the_same_verdicts(moebench: Terminal) -> None:
-    words = ("evaluate", "--model", MOE, "--attack", "pgd-3", "--view", "whole", "--n", "30", "--eps", "0.1,0.2,0.3")
+    words = (
+        "evaluate",
+        "--model",
+        MOE,
+        "--attack",
+        "pgd-3",
+        "--view",
+        "whole",
+        "--no-trust",
+        "--n",
+        "30",
+        "--eps",
+        "0.1,0.2,0.3",
+    )
     moebench(*words, "--db", "undisturbed.db")
     killed = subprocess.run([sys.executable, "-c", SUICIDAL, *words], check=False)
     assert killed.returncode == -signal.SIGKILL
@@ -369,7 +382,7 @@ def test_a_dry_run_of_a_sweep_writes_nothing_and_its_bound_holds(moebench: Termi
         (cell,), (result,) = level["cells"], run["results"]
         assert not cell["stored"] and result["backwards"] <= cell["backwards"]
         assert result["forwards"] - 30 <= cell["forwards"], "30 clean passes come on top"
-    said = moebench.evaluate(MOE, "fgsm", 30, "--view", "whole", "--eps", f"{LIST},1", "--dry-run")
+    said = moebench.evaluate(MOE, "fgsm", 30, "--view", "whole", "--no-trust", "--eps", f"{LIST},1", "--dry-run")
     assert said.out.count("stored already") == 4 and "eps 1: fgsm on view whole, 30 samples: at most " in said.out
 
 
@@ -432,9 +445,9 @@ def read(text: str) -> list[dict[str, str]]:
 
 
 def test_the_report_has_the_curves_of_the_store(moebench: Terminal) -> None:
-    moebench.evaluate(MOE, "pgd-2,pgd-6", 30, "--view", "whole", "--eps", "0.1,0.2")
-    moebench.evaluate(MOE, "fgsm", 30, "--view", "whole", "--eps", "0.1")
-    moebench.evaluate(MOE, "pgd-2", 30, "--view", "whole", "--eps", "0.3")
+    moebench.evaluate(MOE, "pgd-2,pgd-6", 30, "--view", "whole", "--no-trust", "--eps", "0.1,0.2")
+    moebench.evaluate(MOE, "fgsm", 30, "--view", "whole", "--no-trust", "--eps", "0.1")
+    moebench.evaluate(MOE, "pgd-2", 30, "--view", "whole", "--no-trust", "--eps", "0.3")
     moebench("report", "--out", "out")
     text = Path("out/data/curves.csv").read_text()
     assert text.splitlines()[0] == ",".join(COLUMNS)
