@@ -19,6 +19,7 @@ from moebench import __version__, interrupt
 from moebench.commands._options import debug_option
 from moebench.commands.ablation import ablation_command
 from moebench.commands.certify import certify_command
+from moebench.commands.compare import compare_command
 from moebench.commands.db import db_command
 from moebench.commands.evaluate import evaluate_command
 from moebench.commands.experts import experts_command
@@ -54,6 +55,7 @@ for command in (
     ablation_command,
     list_command,
     show_command,
+    compare_command,
     report_command,
     export_command,
     import_command,

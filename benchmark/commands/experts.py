@@ -140,6 +140,6 @@ def _interval(found: Measure) -> str:
 
 
 def _p(test: Paired | None) -> str:
-    if test is None:
-        return ""
-    return "< 0.001" if test.p < 0.001 else f"{test.p:.3f}"
+    from moebench.report.text import p_value
+
+    return "" if test is None else p_value(test.p)
