@@ -6,14 +6,15 @@ Zhang, Xu, Hu and Wang, "Optimizing Robustness and Accuracy in Mixture of Expert
     F(x) = sum_i a_i(x) f_i(x),    a = softmax of the router, top-1 with weight 1 unless stated otherwise.
 
     RT-ER:    CE(F(x_adv), y) + beta KL( p_s(x) || p_s(x_adv^s) ), s the expert that the router ranks second at x_adv
+    written:  the same with x_adv, which attacks the MoE, in the place of x_adv^s, which attacks expert s alone
     JTDMoE:   the RT-ER loss of F_R for F_R's parameters, then CE(F_D(x), y) on clean x for F_S's, in every batch
     official: s ranked second at x, routers never trained; in JTDMoE beta sum_i KL( p_i(x) || p_i(x_adv^i) ) over all
               experts i and images instead of s
 
 with F_D = (1 - alpha) F_S + alpha F_R of a standard and a robust MoE.
 
-Differs from the paper: its KL is at x_adv, which attacks the MoE, here at x_adv^s, a second attack on expert s alone,
-as in its code; a tenth of the switch loss keeps the routers in use (balance=0 for the paper's losses); the epoch is
+Differs from the paper: its formula has the KL at x_adv (`rt-er-shared-attack`), the default at x_adv^s, as its code has
+it and as "robust expert s" asks for; a tenth of the switch loss keeps the routers in use (balance=0 for the paper's losses); the epoch is
 chosen by validation instead of the last one kept; ViT-small starts from fresh weights instead of ImageNet's. The paper
 leaves open how top-2 mixes (here by the two softmax weights over their sum), the weight of TRADES (6) and whether F_D
 mixes logits or probabilities (`mixing`; here logits, as in its code).
@@ -81,6 +82,7 @@ ZHANG_2025 = PaperCard(
 )
 
 SecondAt = Literal["clean", "adversarial"]
+SecondAttack = Literal["own", "shared"]
 Mixing = Literal["logits", "probabilities"]
 Expert = Literal["auto", "resnet", "vit"]
 
@@ -191,19 +193,28 @@ class DualModel(RoutedModel):
 
 
 def rt_er_loss(
-    model: ClassifierMoE, x: Tensor, y: Tensor, adversary: Adversary, recipe: Recipe, *, second_at: SecondAt
+    model: ClassifierMoE,
+    x: Tensor,
+    y: Tensor,
+    adversary: Adversary,
+    recipe: Recipe,
+    *,
+    second_at: SecondAt,
+    second_attack: SecondAttack = "own",
 ) -> Tensor:
     """CE(F(x_adv), y) + beta KL(p_s(x) || p_s(x_adv^s)), the objective of RT-ER (section 4.1).
 
     s is the best expert that the router does not select, at x_adv (the paper) or at x (the published code). x_adv
-    attacks the MoE; x_adv^s is a second PGD against expert s alone, as in the code. Gradients flow through both
-    arguments of KL.
+    attacks the MoE; x_adv^s is an attack of its own, a second PGD against expert s alone (the code), or x_adv again,
+    shared by both terms (the paper's formula). Gradients flow through both arguments of KL.
     """
     x_adv = cross_entropy_adversary(model, x, y, adversary)
     second = model.pick(model.runner_up(x_adv if second_at == "adversarial" else x))
-    x_adv_second = adversary(
-        lambda z: model.forward_with(z, second), x, lambda logits: F.cross_entropy(logits, y, reduction="none")
-    )
+    x_adv_second = x_adv
+    if second_attack == "own":
+        x_adv_second = adversary(
+            lambda z: model.forward_with(z, second), x, lambda logits: F.cross_entropy(logits, y, reduction="none")
+        )
     # One pass for all three: with a pass each, an expert's BatchNorm would normalise the kinds of images apart, and the
     # running statistics would fit none of them.
     routing = join(model.moe.own_routing(model.normalize(x_adv)), second, second)
@@ -251,6 +262,7 @@ def all_experts_loss(model: DualModel, x: Tensor, y: Tensor, adversary: Adversar
 
 
 RT_ER = balanced((Phase(partial(rt_er_loss, second_at="adversarial")),))
+RT_ER_SHARED = balanced((Phase(partial(rt_er_loss, second_at="adversarial", second_attack="shared")),))
 RT_ER_OFFICIAL = (Phase(partial(rt_er_loss, second_at="clean")),)
 JTD = (
     *balanced((Phase(robust_half_loss, part="robust"),), part=lambda model: model.get_submodule("robust")),
@@ -310,6 +322,16 @@ JTD_OFFICIAL = (Phase(all_experts_loss, part="robust"), Phase(standard_loss, par
     paper=ZHANG_2025,
     recipe=Recipe(epochs=200, beta=6.0, balance=0.1),
     objective=RT_ER,
+)
+@register_model(
+    "rt-er-shared-attack",
+    summary="RT-ER as its formula is written: the second expert robustified at the images that attack the MoE",
+    family="moe",
+    training="rt-er-shared-attack",
+    routing="top-1",
+    paper=ZHANG_2025,
+    recipe=Recipe(epochs=200, beta=6.0, balance=0.1),
+    objective=RT_ER_SHARED,
 )
 @register_model(
     "rt-er-top2",

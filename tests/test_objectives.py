@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -20,7 +21,17 @@ from moebench.models._objectives import (
     standard_loss,
     trades_loss,
 )
-from moebench.models.rt_er import JTD, RT_ER, RT_ER_OFFICIAL, ClassifierMoE, DualModel, SecondAt, rt_er_loss
+from moebench.models.rt_er import (
+    JTD,
+    RT_ER,
+    RT_ER_OFFICIAL,
+    RT_ER_SHARED,
+    ClassifierMoE,
+    DualModel,
+    SecondAt,
+    SecondAttack,
+    rt_er_loss,
+)
 
 SHAPE = (1, 8, 8)
 RECIPE = Recipe(epochs=1, beta=6.0)
@@ -163,12 +174,13 @@ def test_rt_er_without_its_second_term_is_adversarial_training(second_at: Second
     torch.testing.assert_close(found, adversarial_loss(model, x, y, Shift(0.3), RECIPE))
 
 
-@pytest.mark.parametrize("second_at", ["adversarial", "clean"])
-def test_rt_er_is_its_formula(second_at: SecondAt) -> None:
+@pytest.mark.parametrize(("second_at", "second_attack"), [*product(("adversarial", "clean"), ("own", "shared"))])
+def test_rt_er_is_its_formula(second_at: SecondAt, second_attack: SecondAttack) -> None:
     model, x, y = classifier_moe(seed=3), images(12), labels(12)
-    adversary = Shift(0.4, -0.2)
-    found = rt_er_loss(model, x, y, adversary, replace(RECIPE, beta=3.0), second_at=second_at)
-    x_adv, x_second = (x + 0.4).clamp(0, 1), (x - 0.2).clamp(0, 1)
+    adversary, recipe = Shift(0.4, -0.2), replace(RECIPE, beta=3.0)
+    found = rt_er_loss(model, x, y, adversary, recipe, second_at=second_at, second_attack=second_attack)
+    x_adv = (x + 0.4).clamp(0, 1)
+    x_second = (x - 0.2).clamp(0, 1) if second_attack == "own" else x_adv
     ranked_at = x_adv if second_at == "adversarial" else x
     second = model.runner_up(ranked_at)
     assert not torch.equal(model.runner_up(x), model.runner_up(x_adv)), "the two variants must differ here"
@@ -180,20 +192,24 @@ def test_rt_er_is_its_formula(second_at: SecondAt) -> None:
     divergence = F.kl_div(alone(x_second).log_softmax(1), alone(x).softmax(1), reduction="batchmean")
     torch.testing.assert_close(found, F.cross_entropy(model(x_adv), y) + 3.0 * divergence)
     # The first attack is on the whole MoE, the second on the second expert alone; both raise the cross-entropy.
-    assert len(adversary.forwards) == 2
-    torch.testing.assert_close(adversary.forwards[0](x), model(x))
-    torch.testing.assert_close(adversary.forwards[1](x), alone(x))
+    attacked = [model, alone] if second_attack == "own" else [model]
+    for forward, expected in zip(adversary.forwards, attacked, strict=True):
+        torch.testing.assert_close(forward(x), expected(x))
     logits = normal(12, 10, seed=0)
     for loss in adversary.losses:
         torch.testing.assert_close(loss(logits), F.cross_entropy(logits, y, reduction="none"))
 
 
-def test_registered_variants_rank_the_second_expert_where_they_say() -> None:
+def test_registered_variants_rank_and_attack_the_second_expert_as_they_say() -> None:
     model, x, y = classifier_moe(seed=3), images(12), labels(12)
     recipe = replace(RECIPE, balance=0.0)
-    for (phase,), second_at in ((RT_ER, "adversarial"), (RT_ER_OFFICIAL, "clean")):
-        where: SecondAt = "adversarial" if second_at == "adversarial" else "clean"
-        expected = rt_er_loss(model, x, y, Shift(0.4, -0.2), recipe, second_at=where)
+    cases: list[tuple[tuple[Phase, ...], SecondAt, SecondAttack]] = [
+        (RT_ER, "adversarial", "own"),
+        (RT_ER_SHARED, "adversarial", "shared"),
+        (RT_ER_OFFICIAL, "clean", "own"),
+    ]
+    for (phase,), second_at, attack in cases:
+        expected = rt_er_loss(model, x, y, Shift(0.4, -0.2), recipe, second_at=second_at, second_attack=attack)
         torch.testing.assert_close(phase.loss(model, x, y, Shift(0.4, -0.2), recipe), expected)
 
 
