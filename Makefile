@@ -75,7 +75,7 @@ zoo: $(VENV)/.runtime
 # Runs what results.db lacks of the digits leaderboard and its findings (hours); one thread, so that the numbers do not
 # depend on the cores.
 SHIPPED = $$($(BIN)/moebench list models | grep -v "no weights shipped" | awk '$(1) {print $$1}')
-RT_ER := wrn-st resnet18-st resnet34-st st-moe at-moe at-moe-top2 trades-moe rt-er rt-er-top2 rt-er-e3 rt-er-e4 rt-er-e5 rt-er-official dual-moe jtd-moe
+RT_ER := wrn-st resnet18-st resnet34-st st-moe at-moe at-moe-top2 trades-moe rt-er rt-er-shared-attack rt-er-top2 rt-er-e3 rt-er-e4 rt-er-e5 rt-er-official dual-moe jtd-moe
 results: export OMP_NUM_THREADS = 1
 results: $(VENV)/.runtime
 	$(BIN)/moebench sweep --suite v1 --datasets digits
