@@ -20,6 +20,7 @@ from torch import nn
 
 from moebench.datasets import Dataset
 from moebench.errors import MoebenchError, Notice, UsageError
+from moebench.flops import count_flops
 from moebench.models._base import MODELS, ModelEntry
 from moebench.models._moe import moe_layers, reroute
 from moebench.models._weights import load_into, read_weights, shipped_weights, state_sha256
@@ -312,27 +313,6 @@ def idle_parameters(module: nn.Module) -> int:
         sizes = sorted((sum(p.numel() for p in expert.parameters()) for expert in layer.experts), reverse=True)
         idle += sum(sizes[layer.active :])
     return idle
-
-
-def count_flops(module: nn.Module, shape: tuple[int, int, int]) -> int | None:
-    """Floating-point operations of one sample's forward pass by torch's counter; None where zeros are refused."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    training, fused = module.training, torch.backends.mha.get_fastpath_enabled()
-    device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
-    try:
-        # Fused attention is one operation that the counter does not know.
-        torch.backends.mha.set_fastpath_enabled(False)
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            module.eval()(torch.zeros(1, *shape, device=device))
-        return int(counter.get_total_flops())
-    except Exception:
-        # Any failure of the model on real images is reported by the checks that follow; here the number is only
-        # missing.
-        return None
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
-        module.train(training)
 
 
 def _source_hash(path: str | None, fallback: str) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-from scipy.stats import binomtest  # type: ignore[import-untyped]
+from numpy.typing import NDArray
+from scipy.special import bdtr, ndtri  # type: ignore[import-untyped]
 
 from moebench.schema import BoolArray, Outcomes
 
@@ -25,8 +27,10 @@ def wilson(k: int, n: int) -> tuple[float, float]:
     """
     if n <= 0 or not 0 <= k <= n:
         raise ValueError(f"an interval needs 0 <= k <= n and n > 0, got k={k}, n={n}")
-    interval = binomtest(k, n).proportion_ci(confidence_level=CONFIDENCE, method="wilson")
-    return max(0.0, min(float(interval.low), k / n)), min(1.0, max(float(interval.high), k / n))
+    z2 = float(ndtri((1 + CONFIDENCE) / 2)) ** 2
+    center, reach = (k + z2 / 2) / (n + z2), math.sqrt(z2 * (k * (n - k) / n + z2 / 4)) / (n + z2)
+    low, high = 0.0 if k == 0 else center - reach, 1.0 if k == n else center + reach
+    return max(0.0, min(low, k / n)), min(1.0, max(high, k / n))
 
 
 def share(k: int, n: int) -> float | None:
@@ -123,7 +127,17 @@ class Paired:
     @property
     def p(self) -> float:
         """The exact two-sided p-value (McNemar, 1947, by the binomial distribution)."""
-        return float(binomtest(self.only_first, self.discordant, 0.5).pvalue) if self.discordant else 1.0
+        return float(p_values(np.int64(self.only_first), np.int64(self.only_second)))
+
+
+def p_values(
+    only_first: NDArray[np.int64] | np.int64, only_second: NDArray[np.int64] | np.int64
+) -> NDArray[np.float64] | np.float64:
+    """Exact two-sided McNemar tests, element by element, from the samples that only one of two attacks breaks."""
+    low, total = np.minimum(only_first, only_second), only_first + only_second
+    tail = bdtr(low.astype(np.float64), total, 0.5)
+    found: NDArray[np.float64] = np.where(total == 0, 1.0, np.minimum(1.0, 2 * tail))
+    return found
 
 
 def paired(first: BoolArray, second: BoolArray) -> Paired:

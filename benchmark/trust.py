@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
-from scipy.stats import binom, binomtest  # type: ignore[import-untyped]
+from scipy.special import betainc, betaincinv  # type: ignore[import-untyped]
 
 from moebench.flags import ADAPTIVE_WINS, BLACK_BOX_WINS, FEWER_STEPS_WIN, SMALLER_EPS_WINS
 from moebench.metrics import CONFIDENCE, wilson, worst_case
@@ -122,12 +122,12 @@ class Duel:
 
 def mcnemar(won: int, lost: int) -> float:
     """One-sided exact p-value that an attack is better than another, from the samples that only one of them breaks."""
-    return 1.0 if won + lost == 0 else float(binom.sf(won - 1, won + lost, 0.5))
+    return at_least(won, won + lost, 0.5)
 
 
 def at_least(k: int, n: int, share: float) -> float:
     """Exact probability that k or more of n samples fall where each falls with probability `share`."""
-    return float(binom.sf(k - 1, n, share))
+    return float(betainc(k, n - k + 1, share)) if k > 0 else 1.0
 
 
 def paired_interval(won: int, lost: int, n: int) -> tuple[float, float]:
@@ -135,8 +135,10 @@ def paired_interval(won: int, lost: int, n: int) -> tuple[float, float]:
     pairs = won + lost
     if pairs == 0:
         return 0.0, 0.0
-    found = binomtest(won, pairs).proportion_ci(confidence_level=CONFIDENCE, method="exact")
-    return (2 * float(found.low) - 1) * pairs / n, (2 * float(found.high) - 1) * pairs / n
+    outside = (1 - CONFIDENCE) / 2
+    low = float(betaincinv(won, lost + 1, outside)) if won else 0.0
+    high = float(betaincinv(won + 1, lost, 1 - outside)) if lost else 1.0
+    return (2 * low - 1) * pairs / n, (2 * high - 1) * pairs / n
 
 
 def passive_flags(

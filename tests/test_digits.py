@@ -55,6 +55,12 @@ def test_digits_are_scikit_learns() -> None:
     np.testing.assert_array_equal(data.labels, raw.target[data.ids])
 
 
+def test_a_scikit_learn_that_keeps_its_file_elsewhere_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = load_dataset("digits")
+    monkeypatch.setattr("moebench.datasets.digits.find_spec", lambda name: None)
+    assert load_dataset("digits").sha256 == here.sha256
+
+
 def test_first_n_is_a_prefix() -> None:
     some, more = load_dataset("digits", n=20), load_dataset("digits", n=100)
     np.testing.assert_array_equal(some.images, more.images[:20])

@@ -10,7 +10,7 @@ from commands import DENSE, MOE, Terminal
 
 from moebench import scale
 from moebench.bill import Bill, together
-from moebench.loading import count_flops
+from moebench.flops import count_flops
 from moebench.models.v_moe import v_moe
 
 

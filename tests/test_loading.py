@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from moebench.datasets import Dataset, load_dataset
 from moebench.errors import UsageError
-from moebench.loading import LoadedModel, check_device, count_flops, load
+from moebench.flops import count_flops
+from moebench.loading import LoadedModel, check_device, load
 from moebench.models import MODELS
 from moebench.models._moe import MoELayer
 from moebench.models._weights import save_weights, state_sha256

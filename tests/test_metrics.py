@@ -10,6 +10,7 @@ from fake_store import first_broken, outcomes
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from scipy.stats import binomtest  # type: ignore[import-untyped]
 
 from moebench.metrics import Measure, first_breaker, from_accuracy, measure, share, standing, wilson, worst_case
 from moebench.schema import BoolArray
@@ -22,6 +23,12 @@ def test_wilson_gives_the_textbook_interval() -> None:
     low, high = wilson(15, 20)
     assert low == pytest.approx(0.5313, abs=5e-5)
     assert high == pytest.approx(0.8881, abs=5e-5)
+
+
+@given(counts)
+def test_wilson_is_the_interval_of_scipy(pair: tuple[int, int]) -> None:
+    wanted = binomtest(*pair).proportion_ci(confidence_level=0.95, method="wilson")
+    assert wilson(*pair) == pytest.approx((wanted.low, wanted.high), abs=1e-12)
 
 
 @given(counts)

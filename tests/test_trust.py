@@ -12,6 +12,7 @@ from commands import Said, Terminal
 from fake_store import FakeStore, first_broken, model, protocol
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.stats import binom, binomtest  # type: ignore[import-untyped]
 from torch import Tensor, nn
 from toys import digits, trained_conv
 
@@ -368,6 +369,18 @@ def test_the_tests_keep_their_promises(won: int, lost: int, rest: int) -> None:
     # What a test calls significant lies outside the interval too.
     assert mcnemar(won, lost) > ALPHA or low > 0
     assert at_least(0, n, 0.1) == 1 and at_least(won, n, 0.01) <= at_least(won, n, 0.02) + 1e-12
+
+
+@given(st.integers(0, 40), st.integers(0, 40), st.integers(0, 200), st.sampled_from([0.01, 0.1, 0.5]))
+def test_the_tests_are_those_of_scipy(won: int, lost: int, rest: int, share: float) -> None:
+    pairs = won + lost
+    n = pairs + rest + 1
+    assert at_least(won, n, share) == pytest.approx(binom.sf(won - 1, n, share), rel=1e-9, abs=1e-300)
+    if pairs:
+        assert mcnemar(won, lost) == pytest.approx(binomtest(won, pairs, alternative="greater").pvalue, rel=1e-9)
+        exact = binomtest(won, pairs).proportion_ci(method="exact")
+        wanted = ((2 * exact.low - 1) * pairs / n, (2 * exact.high - 1) * pairs / n)
+        assert paired_interval(won, lost, n) == pytest.approx(wanted, abs=1e-9)
 
 
 @pytest.mark.parametrize("share", [0.01, 0.02, 0.1, 0.2])

@@ -6,8 +6,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from scipy.stats import fisher_exact  # type: ignore[import-untyped]
-
 from moebench.metrics import Measure, paired
 from moebench.report.snapshot import SnapBoard, SnapRow, Snapshot
 from moebench.schema import BoolArray
@@ -195,6 +193,9 @@ def _shift(
         return Shift(before, after, None, None)
     if same_samples and first is not None and second is not None:
         return Shift(before, after, paired(first, second).p, "paired")
+    # Imported here: it takes a second, and few reports need it.
+    from scipy.stats import fisher_exact  # type: ignore[import-untyped]
+
     table = [[before.k, before.n - before.k], [after.k, after.n - after.k]]
     return Shift(before, after, float(fisher_exact(table).pvalue), "unpaired")
 

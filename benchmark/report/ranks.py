@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import bdtr  # type: ignore[import-untyped]
 
+from moebench.metrics import p_values
 from moebench.schema import BoolArray
 
 LEVEL = 0.05
@@ -56,12 +56,4 @@ def only_one_stands(standing: BoolArray) -> NDArray[np.int64]:
     # float32 products are exact up to 2**24 samples, and a matrix product beats comparing the pairs one by one.
     stands = standing.astype(np.float32)
     found: NDArray[np.int64] = np.rint(stands @ (1 - stands).T).astype(np.int64)
-    return found
-
-
-def p_values(only_first: NDArray[np.int64], only_second: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Exact two-sided McNemar tests, element by element; the same numbers as `Paired.p` gives one by one."""
-    low, total = np.minimum(only_first, only_second), only_first + only_second
-    tail = bdtr(low.astype(np.float64), total, 0.5)
-    found: NDArray[np.float64] = np.where(total == 0, 1.0, np.minimum(1.0, 2 * tail))
     return found
