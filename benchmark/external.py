@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from moebench.errors import UsageError
-from moebench.metrics import first_breaker, wilson
+from moebench.metrics import first_breaker, right_at_first, wilson
 from moebench.report.evidence import public
 from moebench.report.exports import outcomes_digest
 from moebench.report.results_json import (
@@ -226,8 +226,7 @@ def _problems(
 def _right(outcomes: Outcomes, labels: IntArray | None, published: bool) -> int | None:
     """How many clean predictions are right; None where neither labels nor verdicts tell."""
     if not published:
-        wrong = outcomes.broken & np.array([not stage for stage in outcomes.stage])
-        return outcomes.index.size - int(np.count_nonzero(wrong))
+        return int(np.count_nonzero(right_at_first(outcomes)))
     # A published protocol scores all samples by its own rule, those that are wrong from the start as well.
     if labels is None or labels.size != outcomes.index.size:
         return None

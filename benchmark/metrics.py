@@ -81,6 +81,16 @@ def standing(outcomes: Outcomes) -> BoolArray:
     return np.logical_not(outcomes.broken)
 
 
+def right_at_first(outcomes: Outcomes) -> BoolArray:
+    """Which samples are right before the attack, (n,), in the order of `outcomes.index`: no stage broke the others.
+
+    Not for published protocols, which score all samples themselves.
+    """
+    decided = np.array([bool(stage) for stage in outcomes.stage], dtype=np.bool_)
+    right: BoolArray = ~outcomes.broken | decided
+    return right
+
+
 def worst_case(outcomes: Sequence[Outcomes]) -> BoolArray:
     """Which samples no attack breaks, (n,), in the order of the shared index.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from random import Random
 
 import numpy as np
@@ -12,7 +13,17 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy.stats import binomtest  # type: ignore[import-untyped]
 
-from moebench.metrics import Measure, first_breaker, from_accuracy, measure, share, standing, wilson, worst_case
+from moebench.metrics import (
+    Measure,
+    first_breaker,
+    from_accuracy,
+    measure,
+    right_at_first,
+    share,
+    standing,
+    wilson,
+    worst_case,
+)
 from moebench.schema import BoolArray
 
 counts = st.integers(1, 100_000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n)))
@@ -104,6 +115,13 @@ def test_worst_case_needs_cells_of_the_same_samples() -> None:
         worst_case([])
     with pytest.raises(ValueError, match="the indices differ"):
         worst_case([outcomes(first_broken(4, 1)), outcomes(first_broken(5, 1))])
+
+
+def test_what_no_stage_broke_was_wrong_at_first() -> None:
+    broken = first_broken(4, 3)
+    found = replace(outcomes(broken), stage=("", "pgd", "", ""))
+    assert right_at_first(found).tolist() == [False, True, False, True]
+    assert right_at_first(outcomes(first_broken(0, 0))).tolist() == []
 
 
 def test_first_breaker_counts_each_stage_and_leaves_out_survivors() -> None:

@@ -7,10 +7,8 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
-import numpy as np
-
 from moebench.errors import UsageError
-from moebench.metrics import Measure, Paired, measure, paired, standing, worst_case
+from moebench.metrics import Measure, Paired, measure, paired, right_at_first, standing, worst_case
 from moebench.report.evidence import (
     WHOLE,
     Evidence,
@@ -108,7 +106,7 @@ def compare(store: ReadableStore, wanted: Wanted) -> Comparison:
     by_model = max(shared, key=lambda found: (len(_common(found, wanted.view)), _protocol(found).n))
     cells = {name: _latest_weights(store, by_model[name]) for name in names}
     attacks = _attacks(cells, wanted)
-    lines = {CLEAN: {name: _right(found) for name, found in cells.items()}}
+    lines = {CLEAN: {name: right_at_first(found[0].outcomes) for name, found in cells.items()}}
     lines |= {attack: {name: _left(found, attack, wanted.view) for name, found in cells.items()} for attack in attacks}
     lines[WORST] = {name: worst_case([one.outcomes for one in found]) for name, found in cells.items()}
     pairs = list(combinations(names, 2))
@@ -153,14 +151,6 @@ def _attacks(cells: dict[str, list[Evidence]], wanted: Wanted) -> list[str]:
                 f"`moebench evaluate --model {lacking[0]} --attack '{attack}'` measures it"
             )
     return list(wanted.attacks) or sorted(filter(has_column, set.intersection(*have.values())), key=attack_key)
-
-
-def _right(cells: Sequence[Evidence]) -> BoolArray:
-    """Which samples are right before any attack."""
-    outcomes = cells[0].outcomes
-    at_first = np.array([not stage for stage in outcomes.stage])
-    right: BoolArray = ~(outcomes.broken & at_first)
-    return right
 
 
 def _left(cells: Sequence[Evidence], attack: str, view: str) -> BoolArray:
