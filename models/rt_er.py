@@ -14,10 +14,10 @@ Zhang, Xu, Hu and Wang, "Optimizing Robustness and Accuracy in Mixture of Expert
 with F_D = (1 - alpha) F_S + alpha F_R of a standard and a robust MoE.
 
 Differs from the paper: its formula has the KL at x_adv (`rt-er-shared-attack`), the default at x_adv^s, as its code has
-it and as "robust expert s" asks for; a tenth of the switch loss keeps the routers in use (balance=0 for the paper's
-losses); the epoch is chosen by validation instead of the last one kept; ViT-small starts from fresh weights instead of
-ImageNet's. The paper leaves open how top-2 mixes (here by the two softmax weights over their sum), the weight of TRADES
-(6) and whether F_D mixes logits or probabilities (`mixing`; here logits, as in its code).
+it; a tenth of the switch loss keeps the routers in use (balance=0 for the paper's losses); the epoch is chosen by
+validation instead of the last one kept; ViT-small starts from fresh weights instead of ImageNet's. The paper leaves
+open how top-2 mixes (here by the two softmax weights over their sum), the weight of TRADES (6) and whether F_D mixes
+logits or probabilities (`mixing`; here logits, as in its code).
 
 Differs from the published code: the router is trained (straight-through; the code's router gets no gradient),
 BatchNorm statistics come from whole batches, attacks run in float32 with a real random start. Pixels are normalised by

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from moebench.metrics import wilson
+from moebench.metrics import Measure, wilson
 from moebench.schema import ResultRecord, format_eps
 
 if TYPE_CHECKING:
@@ -35,6 +35,11 @@ def interval(value: float, n: int) -> str:
     """A share in percent with its 95 % Wilson interval."""
     low, high = wilson(round(value * n), n)
     return f"{percent(value)} % \\[{percent(low)}, {percent(high)}]"
+
+
+def measured(found: Measure) -> str:
+    """A share in percent with the ends of its interval, for a cell of a table."""
+    return f"{percent(found.value)} [{100 * found.low:.1f}, {100 * found.high:.1f}]"
 
 
 def headline_lines(summary: Summary) -> Iterable[str]:

@@ -53,7 +53,7 @@ def _print(found: Comparison) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from moebench.commands._tables import standard_output
+    from moebench.commands._tables import measured, standard_output
     from moebench.report.comparison import WORST
     from moebench.report.text import p_value
 
@@ -66,7 +66,8 @@ def _print(found: Comparison) -> None:
     for heading in ("first %", "second %", "only first wrong", "only second wrong", "p"):
         shown.add_column(heading, justify="right")
     for one in found.contests:
-        accuracies = (f"{100 * m.value:.1f} [{100 * m.low:.1f}, {100 * m.high:.1f}]" for m in one.accuracies)
         alone = (str(one.test.only_first), str(one.test.only_second))
-        shown.add_row(*map(escape, (one.attack, *one.models, *accuracies, *alone, p_value(one.test.p))))
+        shown.add_row(
+            *map(escape, (one.attack, *one.models, *map(measured, one.accuracies), *alone, p_value(one.test.p)))
+        )
     console.print(shown)

@@ -30,7 +30,7 @@ from moebench.schema import ThreatModel, parse_eps
 
 if TYPE_CHECKING:
     from moebench.experts import ExpertRow, ExpertTable
-    from moebench.metrics import Measure, Paired
+    from moebench.metrics import Paired
 
 
 @click.command("experts")
@@ -128,15 +128,13 @@ def _print(table: ExpertTable) -> None:
 
 
 def _cells(row: ExpertRow, load: str) -> tuple[str, ...]:
+    from moebench.commands._tables import measured
+
     name = "the gate" if row.expert is None else f"expert {row.expert}"
     return (
         name, "" if row.expert is None else load,
-        _interval(row.sa), _p(row.sa_test), _interval(row.ra), _p(row.ra_test),
+        measured(row.sa), _p(row.sa_test), measured(row.ra), _p(row.ra_test),
     )  # fmt: skip
-
-
-def _interval(found: Measure) -> str:
-    return f"{100 * found.value:.2f} [{100 * found.low:.1f}, {100 * found.high:.1f}]"
 
 
 def _p(test: Paired | None) -> str:

@@ -19,6 +19,7 @@ from moebench.report.evidence import (
     group_key,
     has_column,
     newest,
+    protocol_facts,
 )
 from moebench.report.suggest import one_of
 from moebench.schema import BoolArray, ProtocolRecord, StoredResult
@@ -61,13 +62,8 @@ class Comparison:
 
     def to_json(self) -> dict[str, Any]:
         """The object of `moebench compare --json`."""
-        protocol = self.protocol
         return {
-            "dataset": protocol.dataset,
-            "split": protocol.split,
-            "n": protocol.n,
-            "norm": protocol.threat.norm,
-            "eps": protocol.threat.eps,
+            **protocol_facts(self.protocol),
             "view": self.view,
             "contests": [
                 {
